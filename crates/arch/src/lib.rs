@@ -6,6 +6,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod addr;
 pub mod control_registers;
 pub mod controls;
 pub mod cpuid;
@@ -14,4 +15,5 @@ pub mod exit;
 pub mod interruption;
 pub mod msr;
 pub mod page_fault;
+pub mod paging;
 pub mod segment;
