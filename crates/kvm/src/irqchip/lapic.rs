@@ -1,0 +1,856 @@
+//! The local APIC: registers, priorities, acceptance and end of interrupt.
+//!
+//! One [`LocalApic`] per vCPU, shared: its own vCPU reads and writes registers and takes
+//! vectors, any thread delivers to it. The registers are kept as the 1 KiB page that
+//! KVM_GET_LAPIC shows, one 32-bit register every 16 bytes.
+//!
+//! Nothing here calls out with the lock held except to arm the timer and to post to the vCPU's
+//! [`Mailbox`]; what must go elsewhere (an IPI, an EOI for the I/O APIC) is returned as an
+//! [`Effect`].
+//!
+//! Source: SDM volume 3, "Advanced Programmable Interrupt Controller (APIC)".
+
+use super::lapic_timer::ApicTimer;
+use super::message::{Delivery, DeliveryMode, Message, Shorthand};
+use crate::mailbox::{Mailbox, Request};
+use crate::time::GuestTsc;
+use crate::timers::{Expiry, Timer, Timers};
+use arch::msr::apic_base;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+/// Register offsets in the xAPIC page.
+pub mod reg {
+    #![allow(missing_docs)]
+    pub const ID: u32 = 0x20;
+    pub const VERSION: u32 = 0x30;
+    pub const TPR: u32 = 0x80;
+    pub const APR: u32 = 0x90;
+    pub const PPR: u32 = 0xa0;
+    pub const EOI: u32 = 0xb0;
+    pub const RRD: u32 = 0xc0;
+    pub const LDR: u32 = 0xd0;
+    pub const DFR: u32 = 0xe0;
+    pub const SVR: u32 = 0xf0;
+    pub const ISR: u32 = 0x100;
+    pub const TMR: u32 = 0x180;
+    pub const IRR: u32 = 0x200;
+    pub const ESR: u32 = 0x280;
+    pub const ICR: u32 = 0x300;
+    pub const ICR2: u32 = 0x310;
+    pub const LVT_TIMER: u32 = 0x320;
+    pub const LVT_THERMAL: u32 = 0x330;
+    pub const LVT_PMC: u32 = 0x340;
+    pub const LVT_LINT0: u32 = 0x350;
+    pub const LVT_LINT1: u32 = 0x360;
+    pub const LVT_ERROR: u32 = 0x370;
+    pub const TIMER_INITIAL: u32 = 0x380;
+    pub const TIMER_CURRENT: u32 = 0x390;
+    pub const TIMER_DIVIDE: u32 = 0x3e0;
+    pub const SELF_IPI: u32 = 0x3f0;
+}
+
+/// The xAPIC page's address at reset.
+pub const DEFAULT_BASE: u64 = 0xfee0_0000;
+/// APIC version 0x14 with six LVT entries.
+const VERSION: u32 = 0x0005_0014;
+/// Version bit: the spurious-vector register can suppress EOI broadcasts.
+const VERSION_DIRECTED_EOI: u32 = 1 << 24;
+const SVR_ENABLED: u32 = 1 << 8;
+const SVR_DIRECTED_EOI: u32 = 1 << 12;
+const LVT_MASKED: u32 = 1 << 16;
+/// Writable bits of each LVT entry, from the timer on.
+const LVT_WRITABLE: [u32; 6] = [0x7_00ff, 0x1_07ff, 0x1_07ff, 0x1_a7ff, 0x1_a7ff, 0x1_00ff];
+/// ESR: a vector below 16 was sent.
+const ESR_SEND_ILLEGAL: u32 = 1 << 5;
+/// ESR: a vector below 16 was received.
+const ESR_RECEIVE_ILLEGAL: u32 = 1 << 6;
+/// ESR: a register that does not exist was accessed.
+const ESR_ILLEGAL_REGISTER: u32 = 1 << 7;
+
+/// What an access to the local APIC leaves to do elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Nothing.
+    None,
+    /// An end of interrupt for `vector` reached this APIC.
+    Eoi {
+        /// The vector whose service ended.
+        vector: u8,
+        /// It was level-triggered and EOI broadcasts are not suppressed.
+        broadcast: bool,
+    },
+    /// Send this message.
+    Ipi(Message),
+}
+
+/// The access was not legal: #GP for an x2APIC MSR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Illegal;
+
+/// Properties fixed by the VM.
+#[derive(Clone, Copy, Debug)]
+pub struct ApicConfig {
+    /// KVM_GET_LAPIC shows 32-bit x2APIC IDs.
+    pub wide_ids: bool,
+    /// The I/O APIC is outside and understands directed EOIs.
+    pub directed_eoi: bool,
+}
+
+pub(super) struct State {
+    page: [u32; 64],
+    base: u64,
+    /// ESR bits not yet moved to the register by a write to it.
+    errors: u32,
+    pub(super) timer: ApicTimer,
+    config: ApicConfig,
+}
+
+/// What others must know to address this APIC, kept where no lock is needed.
+struct Address {
+    id: AtomicU32,
+    ldr: AtomicU32,
+    /// Bits below.
+    mode: AtomicU32,
+}
+
+const MODE_ENABLED: u32 = 1 << 0;
+const MODE_X2APIC: u32 = 1 << 1;
+const MODE_CLUSTER: u32 = 1 << 2;
+const MODE_SOFTWARE_ENABLED: u32 = 1 << 3;
+
+/// A local APIC.
+pub struct LocalApic {
+    /// APIC ID at reset: the vCPU's ID.
+    initial_id: u32,
+    bootstrap: bool,
+    state: Mutex<State>,
+    address: Address,
+    mailbox: Arc<Mailbox>,
+    timer: Timer,
+}
+
+impl State {
+    fn get(&self, offset: u32) -> u32 {
+        self.page[(offset >> 4) as usize]
+    }
+
+    fn set(&mut self, offset: u32, value: u32) {
+        self.page[(offset >> 4) as usize] = value;
+    }
+
+    fn bit(&self, bank: u32, vector: u8) -> bool {
+        self.get(bank + (vector as u32 / 32) * 16) >> (vector % 32) & 1 != 0
+    }
+
+    fn set_bit(&mut self, bank: u32, vector: u8, on: bool) {
+        let offset = bank + (vector as u32 / 32) * 16;
+        let mask = 1 << (vector % 32);
+        let old = self.get(offset);
+        self.set(offset, if on { old | mask } else { old & !mask });
+    }
+
+    fn highest(&self, bank: u32) -> Option<u8> {
+        (0..8u32).rev().find_map(|i| {
+            let word = self.get(bank + i * 16);
+            (word != 0).then(|| (i * 32 + 31 - word.leading_zeros()) as u8)
+        })
+    }
+
+    fn x2apic(&self) -> bool {
+        self.base & apic_base::X2APIC != 0
+    }
+
+    fn enabled(&self) -> bool {
+        self.base & apic_base::ENABLE != 0
+    }
+
+    fn software_enabled(&self) -> bool {
+        self.get(reg::SVR) & SVR_ENABLED != 0
+    }
+
+    fn update_ppr(&mut self) -> u8 {
+        let tpr = self.get(reg::TPR) as u8;
+        let in_service = self.highest(reg::ISR).unwrap_or(0);
+        let ppr = if tpr & 0xf0 >= in_service & 0xf0 {
+            tpr
+        } else {
+            in_service & 0xf0
+        };
+        self.set(reg::PPR, ppr as u32);
+        ppr
+    }
+
+    /// The vector that would interrupt the processor now.
+    fn deliverable(&mut self) -> Option<u8> {
+        if !self.enabled() || !self.software_enabled() {
+            return None;
+        }
+        let vector = self.highest(reg::IRR)?;
+        (vector & 0xf0 > self.update_ppr() & 0xf0).then_some(vector)
+    }
+
+    fn reset(&mut self, id: u32, keep_id: bool) {
+        let saved = self.get(reg::ID);
+        self.page = [0; 64];
+        self.errors = 0;
+        let directed = if self.config.directed_eoi {
+            VERSION_DIRECTED_EOI
+        } else {
+            0
+        };
+        self.set(reg::VERSION, VERSION | directed);
+        self.set(reg::DFR, !0);
+        self.set(reg::SVR, 0xff);
+        for lvt in 0..6 {
+            self.set(reg::LVT_TIMER + lvt * 16, LVT_MASKED);
+        }
+        if self.x2apic() {
+            self.set(reg::ID, id);
+            self.set(reg::LDR, x2apic_ldr(id));
+        } else {
+            self.set(reg::ID, if keep_id { saved } else { id << 24 });
+        }
+    }
+
+    fn report(&mut self, error: u32) {
+        self.errors |= error;
+    }
+
+    /// Takes `vector` into the IRR.
+    fn accept(&mut self, vector: u8, level: bool) -> Delivery {
+        if !self.enabled() || !self.software_enabled() {
+            return Delivery::Ignored;
+        }
+        if vector < 16 {
+            self.report(ESR_RECEIVE_ILLEGAL);
+            return Delivery::Ignored;
+        }
+        let coalesced = self.bit(reg::IRR, vector);
+        self.set_bit(reg::IRR, vector, true);
+        self.set_bit(reg::TMR, vector, level);
+        if coalesced {
+            Delivery::Coalesced
+        } else {
+            Delivery::Taken(1)
+        }
+    }
+
+    fn timer_lvt(&self) -> u32 {
+        self.get(reg::LVT_TIMER)
+    }
+}
+
+/// The logical ID that x2APIC derives from the ID.
+fn x2apic_ldr(id: u32) -> u32 {
+    (id >> 4) << 16 | 1 << (id & 0xf)
+}
+
+impl LocalApic {
+    /// A local APIC in its reset state.
+    pub fn new(
+        id: u32,
+        bootstrap: bool,
+        config: ApicConfig,
+        mailbox: Arc<Mailbox>,
+        timers: &Timers,
+    ) -> Arc<LocalApic> {
+        Arc::new_cyclic(|weak: &Weak<LocalApic>| {
+            let target: Weak<dyn Expiry> = weak.clone();
+            let mut base = DEFAULT_BASE | apic_base::ENABLE;
+            if bootstrap {
+                base |= apic_base::BSP;
+            }
+            let mut state = State {
+                page: [0; 64],
+                base,
+                errors: 0,
+                timer: ApicTimer::new(),
+                config,
+            };
+            state.reset(id, false);
+            // KVM_X86_QUIRK_LINT0_REENABLED: the 8259 reaches the bootstrap processor at reset.
+            if bootstrap {
+                state.set(reg::LVT_LINT0, 0x700);
+            }
+            let apic = LocalApic {
+                initial_id: id,
+                bootstrap,
+                state: Mutex::new(state),
+                address: Address {
+                    id: AtomicU32::new(0),
+                    ldr: AtomicU32::new(0),
+                    mode: AtomicU32::new(0),
+                },
+                mailbox,
+                timer: timers.register(target),
+            };
+            apic.publish(&apic.lock());
+            apic
+        })
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Mirrors what addressing needs.
+    fn publish(&self, state: &State) {
+        let x2apic = state.x2apic();
+        let id = state.get(reg::ID);
+        let id = if x2apic { id } else { id >> 24 };
+        let mut mode = 0;
+        if state.enabled() {
+            mode |= MODE_ENABLED;
+        }
+        if x2apic {
+            mode |= MODE_X2APIC;
+        }
+        if state.get(reg::DFR) >> 28 == 0 {
+            mode |= MODE_CLUSTER;
+        }
+        if state.software_enabled() {
+            mode |= MODE_SOFTWARE_ENABLED;
+        }
+        self.address.id.store(id, Ordering::Relaxed);
+        self.address
+            .ldr
+            .store(state.get(reg::LDR), Ordering::Relaxed);
+        self.address.mode.store(mode, Ordering::Release);
+    }
+
+    /// The current APIC ID.
+    pub fn id(&self) -> u32 {
+        self.address.id.load(Ordering::Relaxed)
+    }
+
+    /// The vCPU's mailbox.
+    pub fn mailbox(&self) -> &Mailbox {
+        &self.mailbox
+    }
+
+    /// IA32_APIC_BASE.
+    pub fn base(&self) -> u64 {
+        self.lock().base
+    }
+
+    /// Sets IA32_APIC_BASE. The guest must go from mode to mode as the architecture allows;
+    /// user space (`trusted`) may set any consistent mode.
+    pub fn set_base(
+        &self,
+        value: u64,
+        x2apic_offered: bool,
+        maxphyaddr: u8,
+        trusted: bool,
+    ) -> Result<(), Illegal> {
+        let reserved = 0x2ff | if maxphyaddr < 64 { !0 << maxphyaddr } else { 0 };
+        let reserved = reserved | if x2apic_offered { 0 } else { apic_base::X2APIC };
+        let mode = |base: u64| base & (apic_base::ENABLE | apic_base::X2APIC);
+        let mut state = self.lock();
+        let (old, new) = (mode(state.base), mode(value));
+        let disabled = 0;
+        let x2apic = apic_base::ENABLE | apic_base::X2APIC;
+        if value & reserved != 0 || new == apic_base::X2APIC {
+            return Err(Illegal);
+        }
+        if !trusted
+            && ((old == x2apic && new == apic_base::ENABLE) || (old == disabled && new == x2apic))
+        {
+            return Err(Illegal);
+        }
+        state.base = value;
+        if old != new {
+            if new == disabled {
+                self.timer.disarm();
+                state.timer.cancel();
+            }
+            if new == x2apic {
+                let id = self.initial_id;
+                state.set(reg::ID, id);
+                state.set(reg::LDR, x2apic_ldr(id));
+            } else if old == x2apic {
+                let id = self.initial_id;
+                state.set(reg::ID, id << 24);
+                state.set(reg::LDR, 0);
+            }
+        }
+        self.publish(&state);
+        drop(state);
+        self.mailbox.post_own(Request::EVENT);
+        Ok(())
+    }
+
+    /// Puts the APIC into its state after INIT (`power_up` false) or reset.
+    pub fn reset(&self, power_up: bool) {
+        let mut state = self.lock();
+        if power_up {
+            state.base = DEFAULT_BASE | apic_base::ENABLE;
+            if self.bootstrap {
+                state.base |= apic_base::BSP;
+            }
+        }
+        self.timer.disarm();
+        state.timer.cancel();
+        state.reset(self.initial_id, !power_up);
+        self.publish(&state);
+    }
+
+    /// Whether the page at `gpa` is this APIC's register page now.
+    pub fn decodes(&self, gpa: u64) -> bool {
+        let state = self.lock();
+        state.enabled() && !state.x2apic() && gpa & !0xfff == state.base & apic_base::ADDRESS
+    }
+
+    /// Whether the APIC is in x2APIC mode.
+    pub fn x2apic(&self) -> bool {
+        self.address.mode.load(Ordering::Acquire) & MODE_X2APIC != 0
+    }
+
+    /// Whether the APIC is enabled in IA32_APIC_BASE.
+    pub fn hardware_enabled(&self) -> bool {
+        self.address.mode.load(Ordering::Acquire) & MODE_ENABLED != 0
+    }
+
+    /// Whether a shorthand, destination and logical flag name this APIC.
+    pub fn is_addressed(&self, message: &Message, source: Option<&LocalApic>) -> bool {
+        let own = source.is_some_and(|s| std::ptr::eq(s, self));
+        match message.shorthand {
+            Shorthand::Own => own,
+            Shorthand::All => true,
+            Shorthand::Others => !own,
+            Shorthand::None => self.destination_matches(message),
+        }
+    }
+
+    fn destination_matches(&self, message: &Message) -> bool {
+        let mode = self.address.mode.load(Ordering::Acquire);
+        let destination = message.destination;
+        let broadcast = if message.wide {
+            destination == !0
+        } else {
+            destination == 0xff
+        };
+        if mode & MODE_ENABLED == 0 {
+            return false;
+        }
+        if broadcast {
+            return true;
+        }
+        if !message.logical {
+            return destination == self.id();
+        }
+        let ldr = self.address.ldr.load(Ordering::Relaxed);
+        if mode & MODE_X2APIC != 0 {
+            destination >> 16 == ldr >> 16 && destination & ldr & 0xffff != 0
+        } else if mode & MODE_CLUSTER != 0 {
+            let ldr = ldr >> 24;
+            destination >> 4 & 0xf == ldr >> 4 && destination & ldr & 0xf != 0
+        } else {
+            destination & ldr >> 24 & 0xff != 0
+        }
+    }
+
+    /// The priority that lowest-priority arbitration compares.
+    pub fn processor_priority(&self) -> u8 {
+        self.lock().update_ppr()
+    }
+
+    /// Whether lowest-priority arbitration may choose this APIC.
+    pub fn takes_lowest_priority(&self) -> bool {
+        let mode = self.address.mode.load(Ordering::Acquire);
+        mode & MODE_SOFTWARE_ENABLED != 0
+    }
+
+    /// Takes a message addressed to this APIC.
+    pub fn deliver(&self, mode: DeliveryMode, vector: u8, level: bool, assert: bool) -> Delivery {
+        match mode {
+            DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
+                let delivery = self.lock().accept(vector, level);
+                if matches!(delivery, Delivery::Taken(_)) {
+                    self.mailbox.post(Request::EVENT);
+                }
+                delivery
+            }
+            DeliveryMode::Nmi => {
+                self.mailbox.send_nmi();
+                Delivery::Taken(1)
+            }
+            DeliveryMode::Smi => {
+                self.mailbox.post(Request::SMI);
+                Delivery::Taken(1)
+            }
+            DeliveryMode::Init => {
+                // A level-triggered de-assertion only synchronises arbitration IDs.
+                if !level || assert {
+                    self.mailbox.post(Request::INIT);
+                }
+                Delivery::Taken(1)
+            }
+            DeliveryMode::Startup => {
+                self.mailbox.send_sipi(vector);
+                Delivery::Taken(1)
+            }
+            // The 8259 is wired to LINT0; messages in this mode are not forwarded.
+            DeliveryMode::ExtInt | DeliveryMode::Reserved => Delivery::Ignored,
+        }
+    }
+
+    /// Whether an interrupt of the 8259 reaches the processor through this APIC.
+    pub fn accepts_pic(&self) -> bool {
+        let state = self.lock();
+        if !state.enabled() {
+            return self.bootstrap;
+        }
+        let lint0 = state.get(reg::LVT_LINT0);
+        lint0 & LVT_MASKED == 0 && DeliveryMode::from_bits(lint0 >> 8) == DeliveryMode::ExtInt
+    }
+
+    /// Delivers a local interrupt source: an LVT entry.
+    pub fn local_interrupt(&self, lvt: u32) -> bool {
+        let entry = self.lock().get(lvt);
+        if entry & LVT_MASKED != 0 || !self.hardware_enabled() {
+            return false;
+        }
+        let mode = DeliveryMode::from_bits(entry >> 8);
+        let level = entry >> 15 & 1 != 0;
+        self.deliver(mode, entry as u8, level, true) != Delivery::Ignored
+    }
+
+    /// Delivers KVM_NMI-like input on LINT1, if the guest routes it.
+    pub fn lint1_nmi(&self) -> bool {
+        let entry = self.lock().get(reg::LVT_LINT1);
+        entry & LVT_MASKED == 0 && DeliveryMode::from_bits(entry >> 8) == DeliveryMode::Nmi
+    }
+
+    /// The vector that would interrupt the processor now.
+    pub fn deliverable(&self) -> Option<u8> {
+        self.lock().deliverable()
+    }
+
+    /// Moves the deliverable vector into service and returns it.
+    pub fn acknowledge(&self) -> Option<u8> {
+        let mut state = self.lock();
+        let vector = state.deliverable()?;
+        state.set_bit(reg::IRR, vector, false);
+        state.set_bit(reg::ISR, vector, true);
+        state.update_ppr();
+        Some(vector)
+    }
+
+    /// CR8: the upper four bits of the TPR.
+    pub fn cr8(&self) -> u64 {
+        (self.lock().get(reg::TPR) >> 4 & 0xf) as u64
+    }
+
+    /// Sets CR8.
+    pub fn set_cr8(&self, value: u64) {
+        self.lock().set(reg::TPR, (value as u32 & 0xf) << 4);
+        self.mailbox.post_own(Request::EVENT);
+    }
+
+    /// Ends the service of the highest vector in service.
+    pub fn end_of_interrupt(&self) -> Effect {
+        let mut state = self.lock();
+        let Some(vector) = state.highest(reg::ISR) else {
+            return Effect::None;
+        };
+        state.set_bit(reg::ISR, vector, false);
+        state.update_ppr();
+        let level = state.bit(reg::TMR, vector);
+        let directed = state.get(reg::SVR) & SVR_DIRECTED_EOI != 0;
+        drop(state);
+        self.mailbox.post_own(Request::EVENT);
+        Effect::Eoi {
+            vector,
+            broadcast: level && !directed,
+        }
+    }
+
+    /// Whether `vector` waits in the IRR or is in service.
+    pub fn is_pending_or_in_service(&self, vector: u8) -> bool {
+        let state = self.lock();
+        state.bit(reg::IRR, vector) || state.bit(reg::ISR, vector)
+    }
+
+    /// Reads a register by its xAPIC offset.
+    pub fn read(&self, offset: u32) -> Result<u32, Illegal> {
+        let mut state = self.lock();
+        let x2apic = state.x2apic();
+        let exists = match offset {
+            reg::ID | reg::VERSION | reg::TPR | reg::PPR | reg::LDR | reg::SVR | reg::ESR => true,
+            reg::ICR | reg::TIMER_INITIAL | reg::TIMER_CURRENT | reg::TIMER_DIVIDE => true,
+            reg::APR | reg::RRD | reg::DFR | reg::ICR2 | reg::EOI => !x2apic,
+            reg::LVT_TIMER..=reg::LVT_ERROR => true,
+            reg::ISR..reg::ESR => true,
+            _ => false,
+        };
+        if !exists || offset & 0xf != 0 {
+            if !x2apic {
+                state.report(ESR_ILLEGAL_REGISTER);
+            }
+            return Err(Illegal);
+        }
+        Ok(match offset {
+            reg::PPR => state.update_ppr() as u32,
+            reg::TIMER_CURRENT => state.timer.current_count(state.timer_lvt()),
+            reg::EOI => 0,
+            _ => state.get(offset),
+        })
+    }
+
+    /// Reads the 64-bit ICR of x2APIC mode.
+    pub fn read_icr(&self) -> u64 {
+        let state = self.lock();
+        state.get(reg::ICR) as u64 | (state.get(reg::ICR2) as u64) << 32
+    }
+
+    /// Writes the 64-bit ICR of x2APIC mode.
+    pub fn write_icr(&self, value: u64) -> Result<Effect, Illegal> {
+        if value & 0xfff3_2000 != 0 {
+            return Err(Illegal);
+        }
+        let mut state = self.lock();
+        state.set(reg::ICR, value as u32);
+        state.set(reg::ICR2, (value >> 32) as u32);
+        let message = Message::from_icr(value, true);
+        Ok(send(&mut state, message))
+    }
+
+    /// Writes a register by its xAPIC offset.
+    pub fn write(&self, offset: u32, value: u32) -> Result<Effect, Illegal> {
+        let mut state = self.lock();
+        let x2apic = state.x2apic();
+        match offset {
+            reg::ID if !x2apic => state.set(reg::ID, value & 0xff00_0000),
+            reg::TPR => {
+                if x2apic && value & !0xff != 0 {
+                    return Err(Illegal);
+                }
+                state.set(reg::TPR, value & 0xff);
+                self.mailbox.post_own(Request::EVENT);
+            }
+            reg::EOI => {
+                if x2apic && value != 0 {
+                    return Err(Illegal);
+                }
+                drop(state);
+                return Ok(self.end_of_interrupt());
+            }
+            reg::LDR if !x2apic => state.set(reg::LDR, value & 0xff00_0000),
+            reg::DFR if !x2apic => state.set(reg::DFR, value | 0x0fff_ffff),
+            reg::SVR => {
+                let directed = if state.config.directed_eoi {
+                    SVR_DIRECTED_EOI
+                } else {
+                    0
+                };
+                if x2apic && value & !(0x3ff | directed) != 0 {
+                    return Err(Illegal);
+                }
+                state.set(reg::SVR, value & (0x3ff | directed));
+                if value & SVR_ENABLED == 0 {
+                    for lvt in 0..6 {
+                        let offset = reg::LVT_TIMER + lvt * 16;
+                        let masked = state.get(offset) | LVT_MASKED;
+                        state.set(offset, masked);
+                    }
+                }
+                self.mailbox.post_own(Request::EVENT);
+            }
+            reg::ESR => {
+                if x2apic && value != 0 {
+                    return Err(Illegal);
+                }
+                let errors = std::mem::take(&mut state.errors);
+                state.set(reg::ESR, errors);
+            }
+            reg::ICR if !x2apic => {
+                // Delivery status always reads as idle: sending completes at once.
+                state.set(reg::ICR, value & !(1 << 12));
+                let icr = value as u64 | (state.get(reg::ICR2) as u64) << 32;
+                return Ok(send(&mut state, Message::from_icr(icr, false)));
+            }
+            reg::ICR2 if !x2apic => state.set(reg::ICR2, value & 0xff00_0000),
+            reg::LVT_TIMER..=reg::LVT_ERROR if offset & 0xf == 0 => {
+                let index = ((offset - reg::LVT_TIMER) >> 4) as usize;
+                let writable = LVT_WRITABLE[index];
+                if x2apic && value & !(writable | 1 << 12) != 0 {
+                    return Err(Illegal);
+                }
+                let mut value = value & writable;
+                if !state.software_enabled() {
+                    value |= LVT_MASKED;
+                }
+                let old = state.get(offset);
+                state.set(offset, value);
+                if offset == reg::LVT_TIMER && state.timer.mode_changed(old, value) {
+                    state.timer.cancel();
+                    state.set(reg::TIMER_INITIAL, 0);
+                    self.timer.disarm();
+                }
+            }
+            reg::TIMER_INITIAL => {
+                let lvt = state.timer_lvt();
+                state.set(reg::TIMER_INITIAL, value);
+                let deadline = state.timer.start(lvt, value);
+                self.arm(deadline);
+            }
+            reg::TIMER_DIVIDE => {
+                if x2apic && value & !0xb != 0 {
+                    return Err(Illegal);
+                }
+                state.set(reg::TIMER_DIVIDE, value & 0xb);
+                let lvt = state.timer_lvt();
+                let deadline = state.timer.set_divide(lvt, value);
+                self.arm(deadline);
+            }
+            reg::SELF_IPI if x2apic => {
+                if value & !0xff != 0 {
+                    return Err(Illegal);
+                }
+                let icr = value as u64 | 1 << 18;
+                return Ok(send(&mut state, Message::from_icr(icr, true)));
+            }
+            // Read-only registers of an xAPIC ignore writes.
+            reg::VERSION | reg::APR | reg::PPR | reg::RRD | reg::TIMER_CURRENT if !x2apic => {}
+            reg::ISR..reg::ESR if !x2apic => {}
+            _ => {
+                if !x2apic {
+                    state.report(ESR_ILLEGAL_REGISTER);
+                }
+                return Err(Illegal);
+            }
+        }
+        self.publish(&state);
+        Ok(Effect::None)
+    }
+
+    fn arm(&self, deadline: Option<u64>) {
+        match deadline {
+            Some(deadline) => self.timer.arm(deadline),
+            None => self.timer.disarm(),
+        }
+    }
+
+    /// IA32_TSC_DEADLINE: the armed deadline, or zero.
+    pub fn tsc_deadline(&self) -> u64 {
+        let state = self.lock();
+        state.timer.tsc_deadline(state.timer_lvt())
+    }
+
+    /// Writes IA32_TSC_DEADLINE. Ignored unless the timer is in that mode.
+    pub fn set_tsc_deadline(&self, deadline: u64, tsc: &GuestTsc) {
+        let mut state = self.lock();
+        let lvt = state.timer_lvt();
+        let armed = state.timer.start_tsc_deadline(lvt, deadline, *tsc);
+        self.arm(armed);
+    }
+
+    /// Recomputes an armed TSC deadline after the guest's counter moved.
+    pub fn tsc_changed(&self, tsc: &GuestTsc) {
+        let deadline = self.tsc_deadline();
+        if deadline != 0 {
+            self.set_tsc_deadline(deadline, tsc);
+        }
+    }
+
+    /// The register page as KVM_GET_LAPIC shows it.
+    pub fn snapshot(&self) -> [u32; 256] {
+        let mut state = self.lock();
+        state.update_ppr();
+        let current = state.timer.current_count(state.timer_lvt());
+        let mut page = [0; 256];
+        for (i, &value) in state.page.iter().enumerate() {
+            page[i * 4] = value;
+        }
+        page[(reg::TIMER_CURRENT / 4) as usize] = current;
+        if state.x2apic() && !state.config.wide_ids {
+            page[(reg::ID / 4) as usize] = state.get(reg::ID) << 24;
+        }
+        page
+    }
+
+    /// Loads the register page as KVM_SET_LAPIC gives it.
+    ///
+    /// An x2APIC's ID is read-only and must be the vCPU's.
+    pub fn restore(&self, page: &[u32; 256]) -> Result<(), Illegal> {
+        let mut state = self.lock();
+        let x2apic = state.x2apic();
+        let id = page[(reg::ID / 4) as usize];
+        if x2apic {
+            let expected = if state.config.wide_ids {
+                self.initial_id
+            } else {
+                self.initial_id << 24
+            };
+            if id != expected {
+                return Err(Illegal);
+            }
+        }
+        for i in 0..64 {
+            state.page[i] = page[i * 4];
+        }
+        let version = VERSION
+            | if state.config.directed_eoi {
+                VERSION_DIRECTED_EOI
+            } else {
+                0
+            };
+        state.set(reg::VERSION, version);
+        if x2apic {
+            let id = self.initial_id;
+            state.set(reg::ID, id);
+            state.set(reg::LDR, x2apic_ldr(id));
+        }
+        state.update_ppr();
+        let (lvt, initial, divide, current) = (
+            state.timer_lvt(),
+            state.get(reg::TIMER_INITIAL),
+            state.get(reg::TIMER_DIVIDE),
+            state.get(reg::TIMER_CURRENT),
+        );
+        state.timer.cancel();
+        state.timer.set_divide(lvt, divide);
+        let deadline = state.timer.resume(lvt, initial, current);
+        self.arm(deadline);
+        self.publish(&state);
+        drop(state);
+        self.mailbox.post(Request::EVENT);
+        Ok(())
+    }
+}
+
+/// Records a send error, or hands the message out.
+fn send(state: &mut State, message: Message) -> Effect {
+    let vectored = matches!(
+        message.mode,
+        DeliveryMode::Fixed | DeliveryMode::LowestPriority
+    );
+    if vectored && message.vector < 16 {
+        state.report(ESR_SEND_ILLEGAL);
+        return Effect::None;
+    }
+    Effect::Ipi(message)
+}
+
+impl Expiry for LocalApic {
+    fn expired(&self) {
+        let mut state = self.lock();
+        let lvt = state.timer_lvt();
+        let Some(outcome) = state.timer.expire(lvt) else {
+            // Overtaken by a new deadline, or woken before the guest's counter got there.
+            let deadline = state.timer.deadline();
+            self.arm(deadline);
+            return;
+        };
+        self.arm(outcome.next);
+        let taken = lvt & LVT_MASKED == 0 && state.accept(lvt as u8, false) != Delivery::Ignored;
+        drop(state);
+        if taken {
+            self.mailbox.post(Request::EVENT);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
