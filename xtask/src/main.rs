@@ -1,2 +1,39 @@
-//! Placeholder.
-fn main() {}
+//! Developer chores: `cargo xtask <chore>`.
+
+mod check;
+mod fetch;
+mod licences;
+
+use std::process::ExitCode;
+
+/// What a chore reports when it fails.
+type Outcome = Result<(), String>;
+
+const USAGE: &str = "\
+usage: cargo xtask <chore>
+
+  check               everything CI checks; the first failing step ends it
+  check <step>…       only these steps: format, clippy, docs, licences, tests, doctests
+  fetch [package…]    guest material from Debian packages into the cache folder
+                      (default: what the demo and the boot tests need)
+  fetch --refresh …   the current version, even if the cache has one
+  licences            the licences of all dependencies";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let outcome = match arguments.as_slice() {
+        ["check", steps @ ..] => check::run(steps),
+        ["fetch", "--refresh", packages @ ..] => fetch::run(packages, true),
+        ["fetch", packages @ ..] => fetch::run(packages, false),
+        ["licences"] => licences::run(),
+        _ => Err(USAGE.into()),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("{message}");
+            ExitCode::FAILURE
+        }
+    }
+}

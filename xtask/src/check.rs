@@ -1,0 +1,87 @@
+//! `cargo xtask check`: what CI checks, in the order in which failures are cheapest to find.
+
+use std::process::Command;
+use std::time::Instant;
+
+use crate::{Outcome, licences};
+
+/// A step's name and what it does.
+type Step = (&'static str, fn() -> Outcome);
+
+const STEPS: [Step; 6] = [
+    ("format", || cargo(&["fmt", "--all", "--check"], &[])),
+    ("licences", licences::run),
+    ("clippy", || {
+        cargo(
+            &[
+                "clippy",
+                "--workspace",
+                "--all-targets",
+                "--",
+                "--deny",
+                "warnings",
+            ],
+            &[],
+        )
+    }),
+    ("tests", tests),
+    ("doctests", || {
+        cargo(&["test", "--workspace", "--doc", "--quiet"], &[])
+    }),
+    ("docs", || {
+        let arguments = [
+            "doc",
+            "--workspace",
+            "--no-deps",
+            "--document-private-items",
+            "--quiet",
+        ];
+        cargo(&arguments, &[("RUSTDOCFLAGS", "--deny warnings")])
+    }),
+];
+
+/// Runs the named steps, or all.
+pub(crate) fn run(names: &[&str]) -> Outcome {
+    if let Some(unknown) = names
+        .iter()
+        .find(|name| !STEPS.iter().any(|(step, _)| step == *name))
+    {
+        let known: Vec<&str> = STEPS.iter().map(|(step, _)| *step).collect();
+        return Err(format!(
+            "no step {unknown:?}; there are {}",
+            known.join(", ")
+        ));
+    }
+    let chosen = STEPS
+        .iter()
+        .filter(|(step, _)| names.is_empty() || names.contains(step));
+    for (name, step) in chosen {
+        eprintln!("── {name}");
+        let start = Instant::now();
+        step().map_err(|message| format!("check: {name} failed: {message}"))?;
+        eprintln!("── {name}: {:.1} s", start.elapsed().as_secs_f64());
+    }
+    Ok(())
+}
+
+/// The README's test command.
+fn tests() -> Outcome {
+    let found = Command::new("cargo")
+        .args(["nextest", "--version"])
+        .output();
+    if !found.is_ok_and(|output| output.status.success()) {
+        return Err("cargo-nextest is missing: cargo install --locked cargo-nextest".into());
+    }
+    cargo(&["nextest", "run", "--workspace"], &[])
+}
+
+fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(arguments).envs(environment.iter().copied());
+    match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("cargo {}: {status}", arguments.join(" "))),
+        Err(error) => Err(format!("cargo {}: {error}", arguments.join(" "))),
+    }
+}
