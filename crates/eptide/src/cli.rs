@@ -19,6 +19,12 @@ pub(crate) struct Cli {
 /// Subcommands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Boot a stock kernel and get a shell in it
+    ///
+    /// Takes Debian's cloud kernel and busybox from the cache folder, or fetches their packages
+    /// with apt-get (no root needed). Where that is not possible, a small guest that is part of
+    /// this program runs instead. At power-off a report says what happened.
+    Demo(DemoArgs),
     /// Boot a kernel of your own
     ///
     /// The terminal becomes the guest's console; Ctrl-A X leaves. The exit status is 0 after a
@@ -39,6 +45,28 @@ pub(crate) struct RunArgs {
     /// Kernel command line, whole
     #[arg(long, value_name = "LINE", default_value = "console=ttyS0")]
     pub(crate) append: String,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+}
+
+/// Arguments of `demo`.
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Kernel to boot instead of Debian's
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// More words for the kernel command line
+    #[arg(long, value_name = "WORDS")]
+    pub(crate) append: Option<String>,
+    /// Run this shell script in the guest instead of a shell, then power off
+    #[arg(long, value_name = "FILE")]
+    pub(crate) script: Option<PathBuf>,
+    /// Load this kernel module too. May be given several times
+    #[arg(long = "module", value_name = "NAME")]
+    pub(crate) modules: Vec<String>,
+    /// Boot nothing; print where the kernel and the initramfs are
+    #[arg(long)]
+    pub(crate) prepare: bool,
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
 }

@@ -3,6 +3,7 @@
 mod cli;
 mod commands;
 mod devices;
+mod initramfs;
 mod machine;
 mod report;
 mod terminal;
@@ -14,8 +15,9 @@ use clap::Parser;
 use cli::{Cli, Command};
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
-        Command::Run(args) => commands::run::run(&args),
+    let result: Result<_, Box<dyn std::error::Error>> = match Cli::parse().command {
+        Command::Demo(args) => commands::demo::run(&args).map_err(Into::into),
+        Command::Run(args) => commands::run::run(&args).map_err(Into::into),
     };
     match result {
         Ok(outcome) => ExitCode::from(outcome.exit_code()),

@@ -218,8 +218,9 @@ impl Apt {
                 command.arg("-o").arg(option);
             }
         }
+        let arguments: Vec<A> = arguments.into_iter().collect();
         command
-            .args(arguments)
+            .args(&arguments)
             .current_dir(folder)
             .env("LC_ALL", "C")
             .stdin(Stdio::null());
@@ -232,7 +233,9 @@ impl Apt {
         let text = String::from_utf8_lossy(&output.stderr);
         let lines: Vec<&str> = text.lines().filter(|line| line.starts_with("E:")).collect();
         Err(Error::Failed {
-            command: format!("{command:?}"),
+            command: arguments.iter().fold(tool.to_owned(), |line, argument| {
+                format!("{line} {}", argument.as_ref().to_string_lossy())
+            }),
             message: if lines.is_empty() {
                 text.trim().into()
             } else {
