@@ -25,6 +25,8 @@ pub(crate) enum Command {
     /// with apt-get (no root needed). Where that is not possible, a small guest that is part of
     /// this program runs instead. At power-off a report says what happened.
     Demo(DemoArgs),
+    /// Say what this host offers, what guests will see and what limits apply
+    Doctor,
     /// Boot a kernel of your own
     ///
     /// The terminal becomes the guest's console; Ctrl-A X leaves. The exit status is 0 after a

@@ -1,4 +1,5 @@
 //! One file per subcommand.
 
 pub(crate) mod demo;
+pub(crate) mod doctor;
 pub(crate) mod run;

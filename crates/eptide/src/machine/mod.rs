@@ -20,7 +20,7 @@ mod boot;
 pub(crate) mod bus;
 mod cpuid;
 mod event_loop;
-mod hypervisor;
+pub(crate) mod hypervisor;
 mod initrd;
 pub(crate) mod kernel;
 pub(crate) mod layout;
