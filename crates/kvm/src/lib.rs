@@ -1,6 +1,7 @@
 //! KVM's object model and exit path in user space.
 
 mod error;
+pub mod eventfd;
 pub mod irqchip;
 pub mod mailbox;
 pub mod time;

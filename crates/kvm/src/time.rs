@@ -103,7 +103,7 @@ impl GuestTsc {
 
     /// The guest's counter when the host's reads `host`.
     pub fn at(&self, host: u64) -> u64 {
-        ((host as u128 * self.multiplier as u128 >> 48) as u64).wrapping_add(self.offset)
+        (((host as u128 * self.multiplier as u128) >> 48) as u64).wrapping_add(self.offset)
     }
 
     /// The guest's counter now.

@@ -89,7 +89,7 @@ impl Channel {
         match self.mode {
             0 => ticks >= count,
             1 => ticks < count,
-            2 => ticks % count == 0 && ticks != 0,
+            2 => ticks.is_multiple_of(count) && ticks != 0,
             3 => ticks % count < count.div_ceil(2),
             _ => ticks == count,
         }
@@ -413,7 +413,7 @@ impl Pit {
             0x61 => {
                 let channel = &self.channels[2];
                 // The refresh clock toggles every 15 microseconds.
-                let refresh = (now / 15_000 & 1) as u8;
+                let refresh = ((now / 15_000) & 1) as u8;
                 (channel.output(now) as u8) << 5
                     | refresh << 4
                     | (self.speaker_data as u8) << 1
