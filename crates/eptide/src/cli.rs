@@ -54,9 +54,12 @@ pub(crate) struct RunArgs {
 /// Arguments of `demo`.
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
-    /// Kernel to boot instead of Debian's
+    /// Kernel to boot instead of a package's; its modules are not known then
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
+    /// Debian package to take the kernel and its modules from
+    #[arg(long, value_name = "NAME", default_value = "linux-image-cloud-amd64")]
+    pub(crate) kernel_package: String,
     /// More words for the kernel command line
     #[arg(long, value_name = "WORDS")]
     pub(crate) append: Option<String>,

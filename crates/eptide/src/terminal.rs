@@ -18,10 +18,33 @@ static RAW: AtomicBool = AtomicBool::new(false);
 #[derive(Debug)]
 pub(crate) struct RawTerminal(());
 
+/// What standard input is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Input {
+    /// A terminal whose foreground this process is.
+    Terminal,
+    /// A terminal that another job has: touching it would stop this process.
+    Background,
+    /// A file or a pipe.
+    Stream,
+}
+
+/// Looks at standard input.
+pub(crate) fn input() -> Input {
+    if !io::stdin().is_terminal() {
+        return Input::Stream;
+    }
+    // SAFETY: both calls take and return plain numbers.
+    match unsafe { libc::tcgetpgrp(libc::STDIN_FILENO) == libc::getpgrp() } {
+        true => Input::Terminal,
+        false => Input::Background,
+    }
+}
+
 impl RawTerminal {
-    /// Makes the terminal on standard input raw. `None` where there is no terminal.
+    /// Makes the terminal on standard input raw. `None` where there is none to be had.
     pub(crate) fn enter() -> io::Result<Option<Self>> {
-        if !io::stdin().is_terminal() {
+        if input() != Input::Terminal {
             return Ok(None);
         }
         let saved = match SAVED.get() {
@@ -177,7 +200,11 @@ pub(crate) fn spawn_input(
     mut receive: Receiver,
     leave: impl Fn() + Send + 'static,
 ) -> io::Result<()> {
-    let interactive = io::stdin().is_terminal();
+    let interactive = match input() {
+        Input::Terminal => true,
+        Input::Stream => false,
+        Input::Background => return Ok(()),
+    };
     let mut filter = EscapeFilter::default();
     std::thread::Builder::new()
         .name("input".into())

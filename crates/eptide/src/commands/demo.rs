@@ -1,7 +1,7 @@
 //! `eptide demo`: a stock kernel boots, or a guest of the project's own where none can be had.
 
 use std::hash::{DefaultHasher, Hasher};
-use std::io::{self, IsTerminal};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use packages::Package;
@@ -12,9 +12,8 @@ use crate::initramfs::modules::Modules;
 use crate::initramfs::{Archive, write_atomically};
 use crate::machine::outcome::Outcome;
 use crate::machine::{ConsoleKind, MachineError};
+use crate::terminal;
 
-/// The kernel package of the demonstration.
-const KERNEL: &str = "linux-image-cloud-amd64";
 /// The package with the guest's user space.
 const BUSYBOX: &str = "busybox-static";
 /// Drivers for the machine's devices.
@@ -83,7 +82,7 @@ fn guest(args: &DemoArgs, cache: &Path) -> Result<Guest, DemoError> {
     let (kernel, modules, description) = match &args.kernel {
         Some(kernel) => (kernel.clone(), None, kernel.display().to_string()),
         None => {
-            let package = Package::obtain(cache, KERNEL, &mut say)?;
+            let package = Package::obtain(cache, &args.kernel_package, &mut say)?;
             let folder = module_folder(&package.root);
             (
                 package.file("boot", "vmlinuz-")?,
@@ -107,7 +106,7 @@ fn command_line(args: &DemoArgs) -> String {
         ConsoleKind::Virtio => "console=hvc0",
     };
     let mut words = vec![console];
-    if !io::stdin().is_terminal() {
+    if terminal::input() != terminal::Input::Terminal {
         words.push("eptide.batch");
     }
     words.extend(args.append.as_deref());

@@ -14,6 +14,9 @@ for module in $(cat /modules/order 2>/dev/null); do
     insmod "/modules/$module" || echo "could not load $module"
 done
 
+# The virtio console exists only now that its driver is loaded.
+grep -qw console=hvc0 /proc/cmdline && exec </dev/hvc0 >/dev/hvc0 2>&1
+
 option() { grep -qw "$1" /proc/cmdline; }
 
 echo

@@ -2,7 +2,7 @@
 //! controllers and virtio devices sit, and how to switch the machine off.
 //!
 //! ```text
-//! RSDP → XSDT → FADT → DSDT   (\_S5, COM1, PCI host bridge, virtio-mmio devices)
+//! RSDP → XSDT → FADT → DSDT   (\_S5, COM1, virtio-mmio devices)
 //!             │      → FACS
 //!             → MADT          (local APICs, I/O APIC, overrides, NMI)
 //! ```
@@ -18,8 +18,7 @@ use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::layout::{
-    ACPI_PM_PORT, ACPI_TABLES, ACPI_TABLES_END, COM1_GSI, COM1_PORT, IOAPIC, LOCAL_APIC,
-    PCI_CONFIG_PORT, SCI_GSI,
+    ACPI_PM_PORT, ACPI_TABLES, ACPI_TABLES_END, COM1_GSI, COM1_PORT, IOAPIC, LOCAL_APIC, SCI_GSI,
 };
 use super::memory::GuestMemory;
 use crate::devices::acpi_pm::{PM1_CONTROL, PM1_EVENT, RESET, RESET_VALUE, SLEEP_TYPE_S5};
@@ -203,7 +202,7 @@ fn dsdt(windows: &[VirtioWindow]) -> Sdt {
     )
     .to_aml_bytes(&mut body);
     com1(&mut body);
-    pci_config_ports(&mut body);
+    acpi_ports(&mut body);
     for (index, window) in windows.iter().enumerate() {
         virtio_device(&mut body, index as u32, *window);
     }
@@ -230,9 +229,9 @@ fn com1(body: &mut Vec<u8>) {
     .to_aml_bytes(body);
 }
 
-/// Motherboard resources: the PCI configuration ports. The bus behind them has nothing but its
-/// host bridge, so no PCI root device is declared.
-fn pci_config_ports(body: &mut Vec<u8>) {
+/// Motherboard resources: the ACPI registers. There is no PCI root device: the configuration ports
+/// lead to a host bridge and nothing else.
+fn acpi_ports(body: &mut Vec<u8>) {
     Device::new(
         "_SB_.PORT".into(),
         vec![
@@ -240,10 +239,7 @@ fn pci_config_ports(body: &mut Vec<u8>) {
             &Name::new("_UID".into(), &aml::ZERO),
             &Name::new(
                 "_CRS".into(),
-                &ResourceTemplate::new(vec![
-                    &IO::new(PCI_CONFIG_PORT, PCI_CONFIG_PORT, 0, 8),
-                    &IO::new(ACPI_PM_PORT, ACPI_PM_PORT, 0, 16),
-                ]),
+                &ResourceTemplate::new(vec![&IO::new(ACPI_PM_PORT, ACPI_PM_PORT, 0, 16)]),
             ),
         ],
     )

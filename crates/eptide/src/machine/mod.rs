@@ -195,6 +195,12 @@ impl Machine {
             .transpose()?;
         boot::write_boot_info(&memory, &kernel, initrd, &config.command_line)?;
 
+        let disks = config
+            .disks
+            .iter()
+            .map(|disk| Block::open(&disk.path, disk.read_only));
+        let disks: Vec<Block> = disks.collect::<Result<_, _>>()?;
+
         let kvm = hypervisor::open(config.ept)?;
         check_cpus(&kvm, config.cpus)?;
         let vm = Arc::new(create_vm(&kvm, &memory)?);
@@ -211,7 +217,7 @@ impl Machine {
             memory,
         };
         machine.add_platform_devices(config.console)?;
-        machine.add_virtio_devices(config)?;
+        machine.add_virtio_devices(disks, config.console)?;
         acpi::write(&machine.memory, config.cpus, &machine.windows)?;
         machine.create_vcpus(&kvm, config.cpus, kernel.entry)?;
         Ok(machine)
@@ -247,12 +253,15 @@ impl Machine {
         Ok(())
     }
 
-    fn add_virtio_devices(&mut self, config: &MachineConfig) -> Result<(), MachineError> {
+    fn add_virtio_devices(
+        &mut self,
+        disks: Vec<Block>,
+        console_kind: ConsoleKind,
+    ) -> Result<(), MachineError> {
         // A disk waits for the host's file system: each has a thread of its own.
-        for disk in &config.disks {
+        for disk in disks {
             let mut events = EventLoop::new(self.stop.clone())?;
-            let block = Block::open(&disk.path, disk.read_only)?;
-            self.add_virtio(Box::new(block), &mut events)?;
+            self.add_virtio(Box::new(disk), &mut events)?;
             self.loops.push(events);
         }
         let mut events = EventLoop::new(self.stop.clone())?;
@@ -260,7 +269,7 @@ impl Machine {
         let pending = Pending::default();
         let console = Console::new(pending.clone(), self.output());
         let transport = self.add_virtio(Box::new(console), &mut events)?;
-        if config.console == ConsoleKind::Virtio {
+        if console_kind == ConsoleKind::Virtio {
             self.input = Some(Box::new(move |typed| {
                 pending.push(typed);
                 lock(&transport).notify(console::RECEIVE);

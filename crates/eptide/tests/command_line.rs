@@ -1,0 +1,114 @@
+//! The command as a person meets it: what it says when something is wrong. Nothing here gets as
+//! far as starting a guest.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+/// A folder for one test's files.
+fn folder(test: &str) -> PathBuf {
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(test);
+    fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+fn eptide(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_eptide"))
+        .args(arguments)
+        .output()
+        .unwrap()
+}
+
+/// Runs a command that must fail with status 1 and one message.
+fn refusal(arguments: &[&str]) -> String {
+    let output = eptide(arguments);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(output.stdout.is_empty(), "{output:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn help_names_every_command() {
+    let output = eptide(&["--help"]);
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stdout).unwrap();
+    for command in ["demo", "doctor", "run"] {
+        assert!(text.contains(command), "{text}");
+    }
+}
+
+#[test]
+fn a_kernel_that_is_not_there_is_named() {
+    let message = refusal(&["run", "--kernel", "/no/such/vmlinuz"]);
+    assert_eq!(
+        message,
+        "eptide: kernel /no/such/vmlinuz: No such file or directory (os error 2)\n"
+    );
+}
+
+#[test]
+fn a_file_that_is_no_kernel_is_named() {
+    let message = refusal(&["run", "--kernel", "/etc/passwd"]);
+    assert!(
+        message.contains("neither a bzImage nor an ELF file"),
+        "{message}"
+    );
+}
+
+#[test]
+fn this_program_is_no_kernel_and_the_message_says_why() {
+    // A position-independent program is an ELF file for the right machine; it loads at zero and
+    // is harmless to load, so only its truncation is refused here.
+    let folder = folder("truncated");
+    let program = fs::read(env!("CARGO_BIN_EXE_eptide")).unwrap();
+    let path = folder.join("vmlinux");
+    fs::write(&path, &program[..program.len().min(4096)]).unwrap();
+    let message = refusal(&["run", "--kernel", path.to_str().unwrap()]);
+    assert!(
+        message.contains("truncated: the header promises"),
+        "{message}"
+    );
+}
+
+#[test]
+fn memory_is_checked_before_anything_is_loaded() {
+    let message = refusal(&["run", "--kernel", "/no/such", "--memory", "1M"]);
+    assert!(message.contains("at least 2M"), "{message}");
+}
+
+#[test]
+fn a_disk_that_is_not_there_is_named_with_a_way_out() {
+    let hello = concat!(env!("CARGO_MANIFEST_DIR"), "/../../guests/hello.elf");
+    let message = refusal(&["run", "--kernel", hello, "--disk", "/no/such/disk.img"]);
+    assert!(
+        message.contains("/no/such/disk.img") && message.contains("mke2fs"),
+        "{message}"
+    );
+}
+
+#[test]
+fn an_initrd_that_does_not_fit_is_refused() {
+    let hello = concat!(env!("CARGO_MANIFEST_DIR"), "/../../guests/hello.elf");
+    let initrd = folder("initrd").join("large");
+    fs::File::create(&initrd).unwrap().set_len(8 << 20).unwrap();
+    let initrd = initrd.to_str().unwrap();
+    let arguments = [
+        "run", "--kernel", hello, "--memory", "8M", "--initrd", initrd,
+    ];
+    let message = refusal(&arguments);
+    assert!(
+        message.contains("give the guest more --memory"),
+        "{message}"
+    );
+}
+
+#[test]
+fn bad_arguments_are_usage_errors() {
+    for arguments in [
+        &["run"][..],
+        &["run", "--kernel", "k", "--memory", "lots"],
+        &["fly"],
+    ] {
+        assert_eq!(eptide(arguments).status.code(), Some(2), "{arguments:?}");
+    }
+}
