@@ -35,21 +35,21 @@
 //! mmu.handle_page_fault(&mut vcpu, gpa, ErrorCode) -> FaultResult
 //!     // EPT violation: error code made from the qualification; EPT misconfiguration: ErrorCode::RSVD
 //! enum FaultResult { Fixed, Spurious, Retry,          // run the guest again
-//!     Mmio(MmioAccess), Emulate, WriteProtected,      // emulate the instruction
+//!     Mmio(MmioAccess), WriteProtected,               // emulate the instruction
 //!     ExecuteTrap, FetchFromHole,                     // to user space
 //!     Invalid, Error(FaultError) }                    // a reserved pattern that is not ours; EFAULT and friends
 //!
 //! // memslots (flags and slot numbers as in kvm_userspace_memory_region)
-//! mmu.set_memory_region(&MemoryRegion { space, id, flags, base, size, hva }) -> Result<(), SlotError>
+//! mmu.set_memory_region(&MemoryRegion { space, number, flags, base, size, hva }) -> Result<(), SlotError>
 //! mmu.slots() -> SlotsGuard                           // a consistent snapshot; `.find(space, gfn)`
 //! mmu.gfn_to_hva(space, gfn) -> Option<Hva>
 //! mmu.read_guest(space, gpa, &mut [u8]) / write_guest(space, gpa, &[u8]) -> Result<(), AccessError>
 //!     // KVM's own accesses; a write marks the page dirty
 //!
 //! // dirty log
-//! mmu.dirty_log(space, id, &mut [u64]) -> Result<(), DirtyLogError>        // get and clear
-//! mmu.dirty_log_keep(space, id, &mut [u64])                                // get, manual clear
-//! mmu.clear_dirty_log(space, id, first_page, pages, &[u64])
+//! mmu.dirty_log(space, number, &mut [u64]) -> Result<(), DirtyLogError>        // get and clear
+//! mmu.dirty_log_keep(space, number, &mut [u64])                                // get, manual clear
+//! mmu.clear_dirty_log(space, number, first_page, pages, &[u64])
 //! mmu.mark_dirty(space, gfn)                          // PML buffer entries, DMA by KVM itself
 //!
 //! // the rest
@@ -62,3 +62,43 @@
 //!
 //! Lock order: memslot updates, then read sections of memslots, then the MMU lock. A flush waits for
 //! processors in guest mode, which need none of them to leave it.
+
+mod config;
+mod dirty;
+mod dirty_log;
+mod dump;
+mod fault;
+mod gate;
+mod guest_memory;
+mod host;
+mod invalidate;
+mod memslot;
+mod mmio;
+mod mmu;
+mod nx;
+mod region;
+pub mod shadow;
+mod spte;
+mod srcu;
+mod stats;
+#[cfg_attr(not(feature = "model"), allow(unreachable_pub))]
+mod sync;
+mod tdp;
+mod track;
+mod vcpu;
+
+pub use config::{Config, ConfigError, DirtyMethod};
+pub use dirty_log::{DirtyLogError, DirtySink};
+pub use fault::{FaultError, FaultResult};
+pub use gate::{Entry, Flush, Gate, Processors};
+pub use guest_memory::AccessError;
+pub use host::{HostAccess, HostMemory, ProcessMemory};
+pub use invalidate::Invalidation;
+pub use memslot::{AddressSpace, MemoryRegion, Memslot, Memslots, SlotError, SlotFlags, SlotId};
+pub use mmio::MmioAccess;
+pub use mmu::{Mmu, OutOfTables, SlotsGuard};
+pub use stats::Stats;
+#[cfg(feature = "model")]
+pub use sync::{Mutant, set_mutant};
+pub use track::{TrackError, WriteListener};
+pub use vcpu::Vcpu;

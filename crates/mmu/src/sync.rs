@@ -1,0 +1,107 @@
+//! What threads synchronise with, so that the model checker can take its place.
+//!
+//! With the `model` feature the primitives are `shuttle`'s, and [`point`] marks each access to an
+//! entry as a place where another thread may run. Without it everything is `std`'s and `point`
+//! vanishes. Mutants switch off one check or ordering, for the models to catch; outside the feature
+//! they are constant `false`.
+
+#[cfg(not(feature = "model"))]
+pub(crate) use std::sync::{
+    Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic::AtomicU64,
+    atomic::AtomicUsize,
+};
+
+#[cfg(feature = "model")]
+pub(crate) use shuttle::sync::{
+    Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic::AtomicU64,
+    atomic::AtomicUsize,
+};
+
+/// A place where another thread may run, under the model checker.
+#[inline(always)]
+pub(crate) fn point() {
+    #[cfg(feature = "model")]
+    shuttle::thread::yield_now();
+}
+
+/// One turn of waiting for another thread: spins first, then lets others run.
+#[inline]
+pub(crate) fn pause(turn: u32) {
+    #[cfg(feature = "model")]
+    {
+        let _ = turn;
+        shuttle::thread::yield_now();
+    }
+    #[cfg(not(feature = "model"))]
+    match turn {
+        0..64 => std::hint::spin_loop(),
+        64..256 => std::thread::yield_now(),
+        _ => std::thread::sleep(std::time::Duration::from_micros(50)),
+    }
+}
+
+/// Takes a lock whose holders leave no broken state when they panic: a panic elsewhere in the
+/// process must not spread to every vCPU.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// [`lock`] for the shared side of a reader-writer lock.
+pub(crate) fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// [`lock`] for the exclusive side of a reader-writer lock.
+pub(crate) fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// The mutants: each removes one check or ordering that the models must miss.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Mutant {
+    /// A leaf is stored instead of compare-exchanged.
+    BlindMap = 1,
+    /// A removed table's entries are not frozen.
+    NoFreeze,
+    /// The invalidation sequence is not checked under the lock.
+    NoSequenceCheck,
+    /// The fast path does not mark the page dirty after making it writable.
+    NoFastPathMark,
+    /// A dirty-log clear does not wait for the fast path.
+    NoFlushWait,
+    /// An MMIO entry's generation is not compared.
+    NoGenerationCheck,
+    /// Table pages are freed without waiting for processors and readers.
+    FreeWithoutFlush,
+}
+
+#[cfg(feature = "model")]
+mod mutants {
+    use std::sync::atomic::{AtomicU8, Ordering};
+
+    static ACTIVE: AtomicU8 = AtomicU8::new(0);
+
+    /// Turns one mutant on, or all off. Process-wide: one model at a time.
+    pub fn set_mutant(mutant: Option<super::Mutant>) {
+        ACTIVE.store(mutant.map_or(0, |m| m as u8), Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_mutant(mutant: super::Mutant) -> bool {
+        ACTIVE.load(Ordering::SeqCst) == mutant as u8
+    }
+}
+#[cfg(feature = "model")]
+pub(crate) use mutants::is_mutant;
+#[cfg(feature = "model")]
+pub use mutants::set_mutant;
+
+/// Whether the check that `mutant` removes is to be skipped.
+#[cfg(not(feature = "model"))]
+#[inline(always)]
+pub(crate) const fn is_mutant(_: Mutant) -> bool {
+    false
+}

@@ -1,0 +1,235 @@
+//! Taking tables apart after everybody has let go.
+
+use super::root::Root;
+use super::table::{OwnedTable, TablePage};
+use crate::gate::Flush;
+use crate::memslot::AddressSpace;
+use crate::mmu::{Exclusive, Mmu, Owed};
+use crate::spte::Spte;
+use crate::sync::{self, Mutant, is_mutant};
+use arch::addr::{Gfn, Hva};
+use arch::paging::Level;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+
+/// A table that was unlinked and waits to be taken apart.
+#[derive(Debug)]
+pub(crate) struct Retired {
+    pub(crate) space: AddressSpace,
+    pub(crate) address: Hva,
+    /// The level of its own entries.
+    pub(crate) level: Level,
+    /// Its first frame.
+    pub(crate) first: Gfn,
+}
+
+impl Retired {
+    /// The table below an `entry` at `level` that covers the frames from `first` on.
+    pub(crate) fn below(
+        space: AddressSpace,
+        entry: Spte,
+        level: Level,
+        first: Gfn,
+    ) -> Option<Self> {
+        Some(Self {
+            space,
+            address: entry.table_address(),
+            level: level.below()?,
+            first,
+        })
+    }
+}
+
+impl Mmu {
+    /// Freezes and hands over the table that a huge leaf has replaced, under the shared lock.
+    ///
+    /// Other threads may be inside it, about to link a table or set a leaf: freezing each entry
+    /// makes their compare-exchange fail, so that nothing is built into a dying table and lost.
+    pub(crate) fn retire_replaced(&self, space: AddressSpace, old: Spte, level: Level, gfn: Gfn) {
+        let Some(retired) = Retired::below(space, old, level, gfn.align_down(level.pages())) else {
+            return;
+        };
+        if !is_mutant(Mutant::NoFreeze) {
+            self.freeze(&retired);
+        }
+        sync::lock(&self.retired).push(retired);
+        self.has_retired.store(1, SeqCst);
+    }
+
+    fn freeze(&self, retired: &Retired) {
+        let table: *const TablePage =
+            std::ptr::with_exposed_provenance(retired.address.get() as usize);
+        // SAFETY: unlinked by this thread under the shared lock, which it still holds; it is freed
+        // under the exclusive lock at the earliest.
+        let table = unsafe { &*table };
+        let span = retired.level.pages();
+        for (index, cell) in table.cells().iter().enumerate() {
+            let old = cell.swap(Spte::FROZEN);
+            let first = retired.first.wrapping_add(index as u64 * span);
+            if old.is_table(retired.level) {
+                if let Some(child) = Retired::below(retired.space, old, retired.level, first) {
+                    self.freeze(&child);
+                    sync::lock(&self.retired).push(child);
+                }
+            } else if old.is_leaf(retired.level) {
+                self.leaf_removed(retired.space, old, retired.level, first);
+            }
+        }
+    }
+
+    /// Frees what was retired under the shared lock. The caller holds no lock.
+    #[inline]
+    pub(crate) fn drain_retired(&self) {
+        if self.has_retired.load(SeqCst) == 0 {
+            return;
+        }
+        let exclusive = self.exclusive();
+        self.has_retired.store(0, SeqCst);
+        let tables = std::mem::take(&mut *sync::lock(&self.retired));
+        self.finish(
+            exclusive,
+            Owed {
+                flush: Some(Flush::All),
+                tables,
+            },
+        );
+    }
+
+    /// Pays what a change under the exclusive lock owes: the flush goes round before the lock is
+    /// dropped, so that nobody who finds an entry already changed takes that for done, and then the
+    /// unlinked tables are freed.
+    pub(crate) fn finish(&self, exclusive: Exclusive<'_>, owed: Owed) {
+        let Owed { flush, tables } = owed;
+        if let Some(flush) = flush {
+            self.flush(&flush);
+        }
+        for retired in tables {
+            self.take_apart(&retired);
+        }
+        drop(exclusive);
+    }
+
+    /// Frees a table and everything below it.
+    fn take_apart(&self, retired: &Retired) {
+        // SAFETY: it was unlinked; since then the exclusive lock was held and a flush went round,
+        // so no thread and no processor has a way into it.
+        let table = unsafe { OwnedTable::from_address(retired.address) };
+        self.empty(table.page(), retired.space, retired.level, retired.first);
+        self.counters.table_freed.add(1);
+        self.pool.free(table);
+    }
+
+    fn empty(&self, table: &TablePage, space: AddressSpace, level: Level, base: Gfn) {
+        for (index, cell) in table.cells().iter().enumerate() {
+            let old = cell.swap(Spte::EMPTY);
+            let first = base.wrapping_add(index as u64 * level.pages());
+            if old.is_table(level) {
+                if let Some(child) = Retired::below(space, old, level, first) {
+                    self.take_apart(&child);
+                }
+            } else if old.is_leaf(level) {
+                self.leaf_removed(space, old, level, first);
+            }
+        }
+    }
+
+    /// Drops every translation: the roots are made invalid at once, processors load others at
+    /// their next entry, and the old tables are taken apart without any lock.
+    pub fn zap_all(&self) {
+        let roots: Vec<Arc<Root>> = sync::lock(&self.roots)
+            .iter_mut()
+            .filter_map(Option::take)
+            .collect();
+        for root in &roots {
+            root.invalidate();
+        }
+        self.counters.zap_all.add(1);
+        self.flush(&Flush::All);
+        // Whoever walks under the shared lock has begun before the roots became invalid.
+        drop(self.exclusive());
+        for root in roots {
+            self.empty(root.dead_table(), root.space(), root.level(), Gfn::new(0));
+        }
+    }
+
+    /// Makes room at the table limit: unlinks last-level tables, going round the address spaces,
+    /// so that those scanned longest ago go first. What they mapped faults in again.
+    pub(crate) fn reclaim_tables(&self, count: usize) {
+        let exclusive = self.exclusive();
+        let mut owed = Owed::default();
+        let hand = Gfn::new(self.reclaim_hand.load(Relaxed));
+        for from in [hand, Gfn::new(0)] {
+            for space in AddressSpace::ALL {
+                self.unlink_from(&exclusive, space, from, count, &mut owed);
+            }
+        }
+        self.counters.table_reclaimed.add(owed.tables.len() as u64);
+        let has_found = !owed.tables.is_empty();
+        self.finish(exclusive, owed);
+        if !has_found {
+            // Upper tables only: rare, and rebuilt quickly.
+            self.zap_all();
+        }
+    }
+
+    fn unlink_from(
+        &self,
+        exclusive: &Exclusive<'_>,
+        space: AddressSpace,
+        from: Gfn,
+        count: usize,
+        owed: &mut Owed,
+    ) {
+        let Some(root) = self.current_root(space) else {
+            return;
+        };
+        let Some(table) = root.table(exclusive) else {
+            return;
+        };
+        let mut victims = Vec::new();
+        collect_last_level(table, root.level(), Gfn::new(0), from, count, &mut victims);
+        for gfn in victims {
+            if owed.tables.len() < count {
+                self.unlink_table(exclusive, space, gfn, Level::PDE, owed);
+                self.reclaim_hand
+                    .store(gfn.get() + Level::PDE.pages(), Relaxed);
+            }
+        }
+    }
+}
+
+/// The first frames of up to `count` last-level tables at or after `from`.
+fn collect_last_level(
+    table: &TablePage,
+    level: Level,
+    base: Gfn,
+    from: Gfn,
+    count: usize,
+    found: &mut Vec<Gfn>,
+) {
+    for (index, cell) in table.cells().iter().enumerate() {
+        let first = base.wrapping_add(index as u64 * level.pages());
+        let entry = cell.load();
+        let is_before = first.wrapping_add(level.pages()) <= from;
+        if found.len() >= count {
+            return;
+        }
+        if is_before || !entry.is_table(level) {
+            continue;
+        }
+        match level.below() {
+            Some(below) if level > Level::PDE => {
+                // SAFETY: a table entry of `table`, under the exclusive lock.
+                collect_last_level(
+                    unsafe { table.child(entry) },
+                    below,
+                    first,
+                    from,
+                    count,
+                    found,
+                );
+            }
+            _ => found.push(first),
+        }
+    }
+}

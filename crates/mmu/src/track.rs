@@ -1,0 +1,137 @@
+//! Watching pages: write tracking and execution traps.
+
+use crate::memslot::{AddressSpace, Memslot};
+use crate::mmu::{Mmu, Owed};
+use arch::addr::{Gfn, Gpa};
+use arch::paging::Level;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Told of writes to tracked pages (shadow paging, a device model's page tables).
+pub trait WriteListener: Send + Sync {
+    /// `bytes` were written at `gpa` on behalf of the guest.
+    fn page_written(&self, space: AddressSpace, gpa: Gpa, bytes: &[u8]);
+}
+
+/// Why a page cannot be watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrackError {
+    /// No slot has the frame.
+    #[error("guest frame {0} is in no slot")]
+    NoMemory(Gfn),
+    /// 65535 users track the frame already, or none does where one is to be removed.
+    #[error("guest frame {0} has too many or too few users")]
+    Users(Gfn),
+}
+
+impl Mmu {
+    /// Adds a user that must see every write to the frame: guest writes end in
+    /// [`crate::FaultResult::WriteProtected`].
+    pub fn track_writes(&self, space: AddressSpace, gfn: Gfn) -> Result<(), TrackError> {
+        self.with_slot(space, gfn, |slot| {
+            let is_first = slot.track(gfn).ok_or(TrackError::Users(gfn))?;
+            // The counter is up before the lock is taken: whoever maps under the lock afterwards
+            // sees it, whoever mapped before is found here.
+            if is_first {
+                self.restrict(space, gfn..gfn.wrapping_add(1), Restriction::Write);
+            }
+            Ok(())
+        })
+    }
+
+    /// Removes a user.
+    pub fn untrack_writes(&self, space: AddressSpace, gfn: Gfn) -> Result<(), TrackError> {
+        self.with_slot(space, gfn, |slot| {
+            slot.untrack(gfn).map(drop).ok_or(TrackError::Users(gfn))
+        })
+    }
+
+    /// Adds a listener for writes that KVM makes to tracked pages.
+    pub fn add_write_listener(&self, listener: Arc<dyn WriteListener>) {
+        self.write_listeners.rcu(|listeners| {
+            let mut listeners = Vec::clone(listeners);
+            listeners.push(Arc::clone(&listener));
+            listeners
+        });
+    }
+
+    /// Sets or clears the execution trap of the frames: a fetch from one ends in
+    /// [`crate::FaultResult::ExecuteTrap`] from the next instruction of any vCPU on. Frames in no
+    /// slot make it fail, with nothing changed.
+    pub fn set_execution_traps(
+        &self,
+        space: AddressSpace,
+        range: Range<Gfn>,
+        is_trapped: bool,
+    ) -> Result<(), TrackError> {
+        let frames = || (range.start.get()..range.end.get()).map(Gfn::new);
+        let slots = self.slots();
+        if let Some(gfn) = frames().find(|&gfn| slots.find(space, gfn).is_none()) {
+            return Err(TrackError::NoMemory(gfn));
+        }
+        let mut has_changed = false;
+        for gfn in frames() {
+            if let Some(slot) = slots.find(space, gfn) {
+                has_changed |= slot.set_execution_trap(gfn, is_trapped);
+            }
+        }
+        drop(slots);
+        // Clearing needs no more: a fetch faults once and finds the trap gone.
+        if has_changed && is_trapped {
+            self.restrict(space, range, Restriction::Execute);
+        }
+        Ok(())
+    }
+
+    fn with_slot<T>(
+        &self,
+        space: AddressSpace,
+        gfn: Gfn,
+        then: impl FnOnce(&Memslot) -> Result<T, TrackError>,
+    ) -> Result<T, TrackError> {
+        let slots = self.slots();
+        let slot = slots.find(space, gfn).filter(|slot| !slot.is_invalid);
+        then(slot.ok_or(TrackError::NoMemory(gfn))?)
+    }
+
+    /// Takes a right from the leaves of the range; huge ones go altogether.
+    fn restrict(&self, space: AddressSpace, range: Range<Gfn>, restriction: Restriction) {
+        let exclusive = self.exclusive();
+        let mut owed = Owed::default();
+        let mut huge = Vec::new();
+        self.for_each_leaf(&exclusive, space, &range, |leaf| {
+            if leaf.level > Level::PTE {
+                huge.push(leaf.first..leaf.first.wrapping_add(leaf.level.pages()));
+                return;
+            }
+            let changed = leaf.cell.update(|entry| {
+                entry.is_leaf(Level::PTE).then(|| match restriction {
+                    Restriction::Write => entry.write_tracked(),
+                    Restriction::Execute => entry.execute_protected(),
+                })
+            });
+            if changed.is_some() {
+                owed.flush_range(leaf.first..leaf.first.wrapping_add(1));
+            }
+        });
+        for range in huge {
+            self.zap_range(&exclusive, space, &range, &mut owed);
+        }
+        self.finish(exclusive, owed);
+    }
+
+    pub(crate) fn report_write(&self, space: AddressSpace, slot: &Memslot, gpa: Gpa, bytes: &[u8]) {
+        if slot.is_tracked(gpa.gfn()) {
+            for listener in self.write_listeners.load().iter() {
+                listener.page_written(space, gpa, bytes);
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Restriction {
+    Write,
+    Execute,
+}
