@@ -191,10 +191,13 @@ impl Mmu {
             leaf.level == Level::PTE && self.config.dirty_method != DirtyMethod::WriteProtect;
         let level = leaf.level;
         let changed = leaf.cell.update(|entry| {
+            // A huge leaf's flag says nothing of the pages it will be split into.
+            let is_cleaned = by_flag || level > Level::PTE;
+            let clean = if is_cleaned { entry.cleaned() } else { entry };
             let new = if by_flag {
-                entry.cleaned()
+                clean
             } else {
-                entry.write_protected()
+                clean.write_protected()
             };
             entry.is_leaf(level).then_some(new)
         });
