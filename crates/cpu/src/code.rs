@@ -1,0 +1,291 @@
+//! Decoded code of one processor.
+//!
+//! Code is decoded once per host page and code mode into blocks: straight runs of [`Op`]s up to a
+//! control transfer, an instruction that changes how code is read, or the end of the page. A
+//! block is found by the host address of its first byte, so every linear alias shares it; a
+//! direct-mapped cache from linear address to block makes the common case one compare.
+//!
+//! A block keeps the bytes it was made from. They are compared with memory again when the
+//! program that owns the memory had control since ([`CodeCache::memory_may_have_changed`]), when
+//! its page was newly mapped for fetching, and, while other processors may still hold fast write
+//! translations of the page, at every execution. Guest stores come through
+//! [`crate::machine::Machine`].
+
+use crate::host;
+use crate::machine::Unsettled;
+use crate::op::Op;
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+const PAGE_MASK: u64 = !0xfff;
+const JUMPS: usize = 4096;
+
+/// Decoded instructions that may be kept before all are dropped and decoding starts anew.
+const MAX_OPS: usize = 600_000;
+
+/// How code bytes are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub(crate) enum CodeMode {
+    /// 16-bit default sizes.
+    Bits16 = 0,
+    /// 32-bit default sizes.
+    Bits32 = 1,
+    /// 64-bit mode.
+    Bits64 = 2,
+}
+
+impl CodeMode {
+    /// 16, 32 or 64.
+    pub(crate) fn bits(self) -> u32 {
+        16 << self as u32
+    }
+}
+
+/// A straight run of decoded instructions.
+pub(crate) struct Block {
+    /// The instructions; the last one always ends the block.
+    pub ops: Box<[Op]>,
+    /// Guest instructions among them.
+    pub instructions: u32,
+    /// Bytes of code.
+    pub len: u16,
+    hva: u64,
+    mode: CodeMode,
+    bytes: Box<[u8]>,
+    /// The last instruction's tail lies in the next linear page: nothing may be assumed about it.
+    pub crosses: bool,
+    checked: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Jump {
+    linear: u64,
+    key: u64,
+    block: *const Block,
+}
+
+const NO_JUMP: Jump = Jump {
+    linear: 0,
+    key: u64::MAX,
+    block: core::ptr::null(),
+};
+
+#[derive(Default)]
+struct Page {
+    blocks: Vec<(u64, CodeMode)>,
+    /// Blocks checked before this must be checked again.
+    epoch: u64,
+    unsettled: Option<Unsettled>,
+}
+
+/// Multiplicative hashing: keys are addresses, and lookups are on the way of execution.
+#[derive(Default)]
+pub(crate) struct AddressHasher(u64);
+
+impl Hasher for AddressHasher {
+    fn finish(&self) -> u64 {
+        self.0 ^ self.0 >> 32
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(byte.into());
+        }
+    }
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+    fn write_isize(&mut self, value: isize) {
+        self.write_u64(value as u64);
+    }
+    fn write_u8(&mut self, value: u8) {
+        self.write_u64(value.into());
+    }
+}
+
+type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
+
+/// The code cache of one processor.
+pub(crate) struct CodeCache {
+    blocks: AddressMap<(u64, CodeMode), Box<Block>>,
+    pages: AddressMap<u64, Page>,
+    jumps: Box<[Jump; JUMPS]>,
+    /// Dropped blocks, one of which may still be executing; freed at the next lookup.
+    dropped: Vec<Box<Block>>,
+    ops: usize,
+    epoch: u64,
+    /// Changes whenever cached jumps are no longer good.
+    generation: u64,
+}
+
+// SAFETY: the raw block pointers point into `blocks`, which moves with the cache.
+unsafe impl Send for CodeCache {}
+
+impl CodeCache {
+    pub(crate) fn new() -> CodeCache {
+        CodeCache {
+            blocks: AddressMap::default(),
+            pages: AddressMap::default(),
+            jumps: vec![NO_JUMP; JUMPS]
+                .try_into()
+                .unwrap_or_else(|_| unreachable!()),
+            dropped: Vec::new(),
+            ops: 0,
+            epoch: 1,
+            generation: 0,
+        }
+    }
+
+    /// Changes whenever cached jumps are no longer good; part of their key.
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    #[inline(always)]
+    fn jump_slot(linear: u64) -> usize {
+        (linear ^ linear >> 12) as usize & (JUMPS - 1)
+    }
+
+    /// The block last found for this linear address under this key.
+    #[inline(always)]
+    pub(crate) fn jump(&self, linear: u64, key: u64) -> Option<*const Block> {
+        let jump = &self.jumps[Self::jump_slot(linear)];
+        (jump.linear == linear && jump.key == key).then_some(jump.block)
+    }
+
+    /// The block at `hva`, if its bytes still are what memory holds, remembered for `linear`.
+    pub(crate) fn find(
+        &mut self,
+        hva: u64,
+        mode: CodeMode,
+        linear: u64,
+        key: u64,
+    ) -> Option<*const Block> {
+        self.dropped.clear();
+        let block = self.blocks.get_mut(&(hva, mode))?;
+        let page = self.pages.entry(hva & PAGE_MASK).or_default();
+        if page.unsettled.as_mut().is_some_and(|u| u.is_settled()) {
+            page.unsettled = None;
+        }
+        let settled = page.unsettled.is_none();
+        if block.crosses {
+            return Some(&raw const **block);
+        }
+        if (block.checked < self.epoch.max(page.epoch) || !settled) && !block.is_current() {
+            self.drop_page(hva & PAGE_MASK);
+            return None;
+        }
+        block.checked = self.epoch.max(page.epoch);
+        let block: *const Block = &raw const **block;
+        if settled {
+            self.jumps[Self::jump_slot(linear)] = Jump { linear, key, block };
+        }
+        Some(block)
+    }
+
+    /// Whether a page-crossing block found by [`CodeCache::find`] was made from these bytes.
+    pub(crate) fn matches(&self, block: *const Block, bytes: &[u8]) -> bool {
+        // SAFETY: the caller got the pointer from `find`, and nothing was dropped since.
+        *unsafe { &*block }.bytes == *bytes
+    }
+
+    /// Adds a block made from `bytes` at `hva`.
+    pub(crate) fn insert(
+        &mut self,
+        hva: u64,
+        mode: CodeMode,
+        ops: Vec<Op>,
+        bytes: &[u8],
+        instructions: u32,
+        unsettled: Option<Unsettled>,
+    ) -> *const Block {
+        if self.ops > MAX_OPS {
+            self.clear();
+        }
+        let crosses = (hva & 0xfff) as usize + bytes.len() > 0x1000;
+        self.ops += ops.len();
+        let page = self.pages.entry(hva & PAGE_MASK).or_default();
+        page.blocks.push((hva, mode));
+        if unsettled.is_some() {
+            page.unsettled = unsettled;
+        }
+        let block = Box::new(Block {
+            ops: ops.into_boxed_slice(),
+            instructions,
+            len: bytes.len() as u16,
+            hva,
+            mode,
+            bytes: bytes.into(),
+            crosses,
+            checked: self.epoch.max(page.epoch),
+        });
+        let pointer: *const Block = &raw const *block;
+        if let Some(old) = self.blocks.insert((hva, mode), block) {
+            self.generation += 1;
+            self.dropped.push(old);
+        }
+        pointer
+    }
+
+    /// The program that owns guest memory had control: check each block before its next use.
+    pub(crate) fn memory_may_have_changed(&mut self) {
+        self.epoch += 1;
+        self.generation += 1;
+    }
+
+    /// A page was newly mapped for fetching: check its blocks before their next use.
+    pub(crate) fn page_mapped(&mut self, page: u64) {
+        let epoch = self.epoch;
+        if let Some(page) = self.pages.get_mut(&page) {
+            page.epoch = epoch.max(page.epoch) + 1;
+        }
+    }
+
+    /// Drops the code of one host page.
+    pub(crate) fn drop_page(&mut self, page: u64) {
+        let Some(page) = self.pages.remove(&page) else {
+            return;
+        };
+        for key in page.blocks {
+            if let Some(block) = self.blocks.remove(&key) {
+                self.ops = self.ops.saturating_sub(block.ops.len());
+                self.dropped.push(block);
+            }
+        }
+        self.generation += 1;
+    }
+
+    /// Drops everything.
+    pub(crate) fn clear(&mut self) {
+        self.dropped
+            .extend(self.blocks.drain().map(|(_, block)| block));
+        self.pages.clear();
+        self.ops = 0;
+        self.generation += 1;
+    }
+}
+
+impl Block {
+    /// Whether memory still holds the bytes the block was made from.
+    fn is_current(&self) -> bool {
+        let mut now = [0; 0x1000];
+        let Some(now) = now.get_mut(..self.bytes.len()) else {
+            return false;
+        };
+        // SAFETY: a block's address came from a TLB entry; if the memory has gone since, the
+        // copy fails.
+        unsafe { host::copy_from(self.hva, now) }.is_ok() && *now == *self.bytes
+    }
+
+    /// Makes each instruction end the block instead of executing: what follows may be stale.
+    pub(crate) fn make_stale(&self, stale: crate::op::Handler) {
+        for op in &self.ops {
+            op.handler.set(stale);
+        }
+    }
+
+    /// The code mode it was decoded in.
+    pub(crate) fn mode(&self) -> CodeMode {
+        self.mode
+    }
+}

@@ -1,0 +1,333 @@
+//! From bytes to [`Op`]s.
+//!
+//! `iced-x86` decodes; this module turns its instructions into the compact form. [`general`]
+//! chooses handlers for general-purpose and system instructions, [`crate::vector`] for x87, MMX,
+//! SSE and AVX. What neither knows, or what CPUID does not offer ([`offered`]), raises #UD.
+
+mod general;
+mod offered;
+
+use crate::code::CodeMode;
+use crate::execute::control;
+use crate::op::{Handler, Op, flag};
+use crate::state::slot;
+use arch::cpuid::Features;
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, OpKind, Register};
+use std::cell::Cell;
+
+/// Instructions in a block at the most.
+const MAX_INSTRUCTIONS: u32 = 64;
+
+/// A decoded run of instructions.
+pub(crate) struct Decoded {
+    pub ops: Vec<Op>,
+    /// Bytes decoded; 0 if the first instruction does not end within what was given.
+    pub len: usize,
+    pub instructions: u32,
+}
+
+/// What a handler choice says about the block.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ends {
+    /// The block goes on.
+    No,
+    /// The instruction ends the block.
+    Yes,
+}
+
+/// One instruction being translated.
+pub(crate) struct Context<'a> {
+    pub instruction: &'a Instruction,
+    pub mode: CodeMode,
+    /// The instruction's bytes.
+    pub bytes: &'a [u8],
+}
+
+fn new_op(offset: u64, len: usize, handler: Handler) -> Op {
+    Op {
+        handler: Cell::new(handler),
+        imm: 0,
+        disp: 0,
+        offset: offset as u16,
+        len: len as u8,
+        dst: 0,
+        src: 0,
+        base: slot::ZERO as u8,
+        index: slot::ZERO as u8,
+        scale: 0,
+        segment: 6,
+        flags: 0,
+        aux: 0,
+        aux2: 0,
+    }
+}
+
+fn decoder(bytes: &[u8], offset: u64, mode: CodeMode) -> Decoder<'_> {
+    // Branch targets and RIP-relative addresses come out relative to the page.
+    Decoder::with_ip(mode.bits(), bytes, offset, DecoderOptions::NONE)
+}
+
+/// Decodes a block from bytes that lie in one page, the first at `offset` in it.
+pub(crate) fn block(bytes: &[u8], offset: u64, mode: CodeMode, features: &Features) -> Decoded {
+    let mut decoder = decoder(bytes, offset, mode);
+    let mut instruction = Instruction::default();
+    let mut ops = Vec::with_capacity(12);
+    let mut len = 0;
+    let mut instructions = 0;
+    while len < bytes.len() && instructions < MAX_INSTRUCTIONS {
+        decoder.decode_out(&mut instruction);
+        if decoder.last_error() == DecoderError::NoMoreBytes && bytes.len() - len < 15 {
+            break;
+        }
+        let size = decoder.position() - len;
+        let (op, ends) = translate(
+            &instruction,
+            &bytes[len..len + size],
+            offset + len as u64,
+            mode,
+            features,
+        );
+        ops.push(op);
+        instructions += 1;
+        len += size;
+        if ends == Ends::Yes {
+            return Decoded {
+                ops,
+                len,
+                instructions,
+            };
+        }
+    }
+    if instructions > 0 {
+        ops.push(new_op(offset + len as u64, 0, control::fall_through));
+    }
+    Decoded {
+        ops,
+        len,
+        instructions,
+    }
+}
+
+/// Decodes one instruction, whose bytes may reach into the next page.
+pub(crate) fn one(bytes: &[u8], offset: u64, mode: CodeMode, features: &Features) -> Decoded {
+    let mut decoder = decoder(bytes, offset, mode);
+    let instruction = decoder.decode();
+    let len = decoder.position().max(1);
+    let (op, ends) = translate(&instruction, &bytes[..len], offset, mode, features);
+    let mut ops = vec![op];
+    if ends == Ends::No {
+        ops.push(new_op(offset + len as u64, 0, control::fall_through));
+    }
+    Decoded {
+        ops,
+        len,
+        instructions: 1,
+    }
+}
+
+fn translate(
+    instruction: &Instruction,
+    bytes: &[u8],
+    offset: u64,
+    mode: CodeMode,
+    features: &Features,
+) -> (Op, Ends) {
+    let mut op = new_op(offset, bytes.len(), control::undefined);
+    if instruction.is_invalid() {
+        if bytes.len() >= 15 {
+            op.handler.set(control::too_long);
+        }
+        return (op, Ends::Yes);
+    }
+    if !offered::is_offered(instruction, features) {
+        return (op, Ends::Yes);
+    }
+    let context = Context {
+        instruction,
+        mode,
+        bytes,
+    };
+    context.operands(&mut op);
+    if let Some((handler, ends)) = general::select(&context, &mut op) {
+        op.handler.set(handler);
+        return (op, ends);
+    }
+    if let Some(handler) = crate::vector::select(&context, &mut op) {
+        op.handler.set(handler);
+        return (op, Ends::No);
+    }
+    (op, Ends::Yes)
+}
+
+/// The byte offset of a general-purpose register in the register file.
+pub(crate) fn register_offset(register: Register) -> u8 {
+    match register {
+        Register::AH => 1,
+        Register::CH => 9,
+        Register::DH => 17,
+        Register::BH => 25,
+        _ => 8 * register.full_register().number() as u8,
+    }
+}
+
+/// A segment register's index; 6 (base zero, no checks) for none.
+fn segment_index(register: Register) -> u8 {
+    match register {
+        Register::ES => 0,
+        Register::CS => 1,
+        Register::SS => 2,
+        Register::DS => 3,
+        Register::FS => 4,
+        Register::GS => 5,
+        _ => 6,
+    }
+}
+
+impl Context<'_> {
+    pub(crate) fn long(&self) -> bool {
+        self.mode == CodeMode::Bits64
+    }
+
+    /// Whether operand `n` is in memory with a ModRM-style address.
+    pub(crate) fn is_memory(&self, n: u32) -> bool {
+        n < self.instruction.op_count() && self.instruction.op_kind(n) == OpKind::Memory
+    }
+
+    /// Whether operand `n` is a register.
+    pub(crate) fn is_register(&self, n: u32) -> bool {
+        n < self.instruction.op_count() && self.instruction.op_kind(n) == OpKind::Register
+    }
+
+    /// Size in bytes of operand `n`.
+    pub(crate) fn operand_size(&self, n: u32) -> usize {
+        match self.instruction.op_kind(n) {
+            OpKind::Register => self.instruction.op_register(n).size(),
+            _ => self.instruction.memory_size().size(),
+        }
+    }
+
+    /// Byte offset of register operand `n`.
+    pub(crate) fn offset(&self, n: u32) -> u8 {
+        register_offset(self.instruction.op_register(n))
+    }
+
+    /// Address size in bytes.
+    pub(crate) fn address_size(&self) -> u8 {
+        let i = self.instruction;
+        let registers = [i.memory_base(), i.memory_index()];
+        for register in registers {
+            match register {
+                Register::None => {}
+                Register::RIP => return 8,
+                Register::EIP => return 4,
+                _ => return register.size() as u8,
+            }
+        }
+        match i.memory_displ_size() {
+            8 => 8,
+            4 => 4,
+            2 => 2,
+            _ => match self.mode {
+                CodeMode::Bits16 => 2,
+                CodeMode::Bits32 => 4,
+                CodeMode::Bits64 => 8,
+            },
+        }
+    }
+
+    /// Fills in what every handler may rely on: the memory operand, prefixes, mode.
+    fn operands(&self, op: &mut Op) {
+        let i = self.instruction;
+        if self.long() {
+            op.flags |= flag::LONG;
+        }
+        if i.has_lock_prefix() {
+            op.flags |= flag::LOCK;
+        }
+        if i.has_rep_prefix() {
+            op.flags |= flag::REP;
+        }
+        if i.has_repne_prefix() {
+            op.flags |= flag::REPNE;
+        }
+        if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) {
+            op.flags |= flag::MEMORY;
+            self.memory(op);
+        }
+    }
+
+    fn memory(&self, op: &mut Op) {
+        let i = self.instruction;
+        op.segment = segment_index(i.memory_segment());
+        self.set_address_size(op, self.address_size());
+        let base = i.memory_base();
+        op.base = match base {
+            Register::None => slot::ZERO as u8,
+            Register::RIP | Register::EIP => slot::PAGE as u8,
+            _ => base.full_register().number() as u8,
+        };
+        if i.memory_index() != Register::None {
+            op.index = i.memory_index().full_register().number() as u8;
+            op.scale = i.memory_index_scale().trailing_zeros() as u8;
+        }
+        op.disp = i.memory_displacement64() as i32;
+    }
+
+    /// Records the address size in the flags.
+    pub(crate) fn set_address_size(&self, op: &mut Op, size: u8) {
+        match size {
+            2 => op.flags |= flag::ADDRESS_16 | flag::LEGACY,
+            4 => op.flags |= flag::ADDRESS_32 | flag::LEGACY,
+            _ => {}
+        }
+        if !self.long() {
+            op.flags |= flag::LEGACY;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vcpu::Vcpu;
+
+    fn decode(bytes: &[u8], offset: u64) -> Decoded {
+        block(bytes, offset, CodeMode::Bits64, &Vcpu::host_features())
+    }
+
+    #[test]
+    fn a_block_ends_at_a_branch() {
+        // inc eax; jmp $; nop
+        let decoded = decode(&[0xff, 0xc0, 0xeb, 0xfe, 0x90], 0x10);
+        assert_eq!(
+            (decoded.len, decoded.instructions, decoded.ops.len()),
+            (4, 2, 2)
+        );
+        assert_eq!(decoded.ops[1].imm, 0x12);
+    }
+
+    #[test]
+    fn an_instruction_cut_by_the_page_end_is_left_out() {
+        let decoded = decode(&[0x90, 0xb8, 0x01], 0xffd);
+        assert_eq!(
+            (decoded.len, decoded.instructions, decoded.ops.len()),
+            (1, 1, 2)
+        );
+        assert_eq!(decode(&[0xb8, 0x01], 0xffe).len, 0);
+    }
+
+    #[test]
+    fn rip_relative_operands_are_page_relative() {
+        // mov rax, [rip - 0x10] at offset 0x100 (7 bytes): page + 0xf7.
+        let decoded = decode(&[0x48, 0x8b, 0x05, 0xf0, 0xff, 0xff, 0xff, 0xc3], 0x100);
+        let op = &decoded.ops[0];
+        assert_eq!((op.base as usize, op.disp), (slot::PAGE, 0xf7));
+    }
+
+    #[test]
+    fn high_byte_registers_are_byte_offsets() {
+        // mov ah, bh
+        let decoded = decode(&[0x88, 0xfc, 0xc3], 0);
+        assert_eq!((decoded.ops[0].dst, decoded.ops[0].src), (1, 25));
+    }
+}

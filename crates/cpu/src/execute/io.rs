@@ -1,0 +1,127 @@
+//! IN, OUT, INS, OUTS: always exits in practice; without an exit the port reads as ones.
+
+use super::attempt;
+use crate::op::{Flow, Op, Stop, flag};
+use crate::vcpu::{Cause, Vcpu};
+use arch::controls::PrimaryControls;
+use arch::exit::{ExitReason, IoAccess, VmExit, string_io_info};
+
+impl Vcpu {
+    fn io_exits(&self, port: u16, size: u8) -> bool {
+        let controls = self.controls();
+        if controls.primary.contains(PrimaryControls::USE_IO_BITMAPS) {
+            controls.io_bitmap.exits(port, size)
+        } else {
+            controls
+                .primary
+                .contains(PrimaryControls::UNCONDITIONAL_IO_EXITING)
+        }
+    }
+
+    fn io_exit(&mut self, op: &Op, access: IoAccess, linear: u64) -> Stop {
+        let mut exit = VmExit::new(ExitReason::IoInstruction);
+        exit.qualification = access.qualification();
+        exit.instruction_length = op.len.into();
+        if access.string {
+            exit.guest_linear_address = linear;
+            exit.instruction_info = string_io_info(op.aux2, op.segment.min(5));
+        }
+        self.stop_with(Cause::Exit(exit))
+    }
+}
+
+/// IN and OUT. `aux` is the size, `aux2` bit 0 is set for IN, bit 1 for an immediate port, whose
+/// number is in `imm`.
+pub(crate) fn in_out(cpu: &mut Vcpu, op: &Op) -> Flow {
+    let (input, immediate) = (op.aux2 & 1 != 0, op.aux2 & 2 != 0);
+    let port = if immediate {
+        op.imm as u16
+    } else {
+        cpu.reg::<u16>(16)
+    };
+    attempt!(cpu.check_io(port, op.aux));
+    cpu.match_io_breakpoints(port, op.aux);
+    if cpu.io_exits(port, op.aux) {
+        let access = IoAccess {
+            size: op.aux,
+            input,
+            string: false,
+            rep: false,
+            immediate,
+            port,
+        };
+        cpu.io_exit(op, access, 0);
+        return Flow::Stop;
+    }
+    if input {
+        match op.aux {
+            1 => cpu.set_reg(0, 0xffu8),
+            2 => cpu.set_reg(0, 0xffffu16),
+            _ => cpu.set_reg(0, u32::MAX),
+        }
+    }
+    cpu.end_block(op)
+}
+
+/// INS and OUTS. `aux` is the element size, `aux2` the address size, `src` 1 for INS.
+///
+/// The exit is taken before anything moves: the hypervisor carries the instruction out, one
+/// element or more, and moves the registers.
+pub(crate) fn string_io(cpu: &mut Vcpu, op: &Op) -> Flow {
+    let input = op.src == 1;
+    let rep = op.flags & (flag::REP | flag::REPNE) != 0;
+    if rep && cpu.counter(op.aux2) == 0 {
+        return cpu.end_block(op);
+    }
+    let port = cpu.reg::<u16>(16);
+    attempt!(cpu.check_io(port, op.aux));
+    let register = if input {
+        crate::state::Gpr::Rdi
+    } else {
+        crate::state::Gpr::Rsi
+    };
+    let offset = match op.aux2 {
+        2 => cpu.state.gpr(register) & 0xffff,
+        4 => cpu.state.gpr(register) & 0xffff_ffff,
+        _ => cpu.state.gpr(register),
+    };
+    let segment = if input { 0 } else { op.segment };
+    let linear = attempt!(cpu.linear(segment, offset, op.aux.into(), input));
+    if cpu.io_exits(port, op.aux) {
+        let access = IoAccess {
+            size: op.aux,
+            input,
+            string: true,
+            rep,
+            immediate: false,
+            port,
+        };
+        cpu.io_exit(op, access, linear);
+        return Flow::Stop;
+    }
+    if input {
+        attempt!(cpu.write_bytes(linear, segment, &[0xff; 4][..op.aux.into()]));
+    } else {
+        attempt!(cpu.check_read(linear, op.aux.into(), segment));
+    }
+    let step: u64 = op.aux.into();
+    let down = cpu.state.rflags_rest & arch::control_registers::Rflags::DF.bits() != 0;
+    let moved = if down {
+        offset.wrapping_sub(step)
+    } else {
+        offset.wrapping_add(step)
+    };
+    match op.aux2 {
+        2 => cpu.set_reg(8 * register as u8, moved as u16),
+        4 => cpu.set_reg(8 * register as u8, moved as u32),
+        _ => cpu.set_reg(8 * register as u8, moved),
+    }
+    if rep {
+        let left = cpu.counter(op.aux2) - 1;
+        cpu.set_counter(op.aux2, left);
+        if left != 0 {
+            return super::stale(cpu, op);
+        }
+    }
+    cpu.end_block(op)
+}

@@ -1,0 +1,753 @@
+//! Guest memory as instructions see it: linear addresses in, host accesses out.
+//!
+//! The fast path is a TLB hit: one compare, one add, one host instruction. Everything else takes
+//! [`Vcpu::resolve`]: a walk of the guest's tables, each of whose reads goes through EPT, then
+//! the translation of the final guest-physical address, then a TLB fill.
+//!
+//! ```text
+//!   linear address ──TLB hit──▶ host access
+//!        │ miss, page-crossing, watched, …
+//!        ▼
+//!   guest tables ──(each entry through EPT)──▶ guest-physical ──EPT──▶ host virtual
+//!        │ forbidden                              │ violation, misconfiguration
+//!        ▼                                        ▼
+//!       #PF                              VM exit, or the bus while emulating
+//! ```
+
+use crate::host::{self, HostFault, HostInt};
+use crate::op::Stop;
+use crate::second_stage::{Outcome, Reason};
+use crate::tlb::{Class, Fill};
+use crate::vcpu::{BusResponse, Cause, Vcpu};
+use arch::addr::Gva;
+use arch::control_registers::{Cr0, Cr4, Rflags};
+use arch::exception::Exception;
+use arch::exit::{EptViolation, ExitReason, VmExit};
+use arch::paging::{Access, GuestError, Privilege, Rights};
+
+/// Segment index meaning "not the stack", for faults that depend on the segment.
+pub(crate) const DATA: u8 = 3;
+/// Segment index of the stack.
+pub(crate) const STACK: u8 = 2;
+
+const PAGE_MASK: u64 = !0xfff;
+
+/// Where a resolved access goes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Place {
+    /// Host memory at this address.
+    Ram { hva: u64 },
+    /// The bus, at this guest-physical address.
+    Bus { gpa: u64 },
+}
+
+/// Integer operations that the interpreter needs on every operand size.
+pub(crate) trait Int: HostInt + Into<u64> + PartialEq {
+    /// Bits.
+    const BITS: u32;
+    /// The low bits of `value`.
+    fn truncate(value: u64) -> Self;
+    /// Sign-extended to 64 bits.
+    fn sign_extend(self) -> u64;
+}
+
+macro_rules! int {
+    ($($ty:ident $signed:ident)*) => {$(
+        impl Int for $ty {
+            const BITS: u32 = $ty::BITS;
+            #[inline(always)]
+            fn truncate(value: u64) -> $ty {
+                value as $ty
+            }
+            #[inline(always)]
+            fn sign_extend(self) -> u64 {
+                self as $signed as i64 as u64
+            }
+        }
+    )*};
+}
+
+int!(u8 i8 u16 i16 u32 i32 u64 i64);
+
+impl Vcpu {
+    /// Reads `T` at the linear address `gva`.
+    #[inline(always)]
+    pub(crate) fn read<T: Int>(&mut self, gva: u64, segment: u8) -> Result<T, Stop> {
+        let entry = self.tlb.entry(gva);
+        let last = gva.wrapping_add(T::SIZE as u64 - 1);
+        if entry.read == last & PAGE_MASK | self.context {
+            // SAFETY: the address comes from a TLB entry, which came from the tables of the
+            // second stage, which map nothing but memory given to the guest.
+            if let Ok(value) = unsafe { T::load(gva.wrapping_add(entry.addend)) } {
+                return Ok(value);
+            }
+        }
+        self.read_slow(gva, segment)
+    }
+
+    /// Writes `value` at the linear address `gva`.
+    #[inline(always)]
+    pub(crate) fn write<T: Int>(&mut self, gva: u64, segment: u8, value: T) -> Result<(), Stop> {
+        let entry = self.tlb.entry(gva);
+        let last = gva.wrapping_add(T::SIZE as u64 - 1);
+        if entry.write == last & PAGE_MASK | self.context {
+            // SAFETY: as in `read`.
+            if unsafe { T::store(gva.wrapping_add(entry.addend), value) }.is_ok() {
+                return Ok(());
+            }
+        }
+        self.write_slow(gva, segment, value)
+    }
+
+    /// Reads `T` at `gva`, computes a new value and writes it, after checking that the write is
+    /// allowed. With `lock` the whole is atomic. Returns what `compute` returned beside the value.
+    #[inline(always)]
+    pub(crate) fn modify<T: Int, R>(
+        &mut self,
+        gva: u64,
+        segment: u8,
+        lock: bool,
+        mut compute: impl FnMut(T) -> (T, R),
+    ) -> Result<R, Stop> {
+        let entry = self.tlb.entry(gva);
+        let last = gva.wrapping_add(T::SIZE as u64 - 1);
+        if entry.write == last & PAGE_MASK | self.context {
+            let hva = gva.wrapping_add(entry.addend);
+            // SAFETY: as in `read`.
+            if let Ok(result) = unsafe { modify_host(hva, lock, &mut compute) } {
+                return Ok(result);
+            }
+        }
+        self.modify_slow(gva, segment, lock, compute)
+    }
+
+    /// CMPXCHG16B's access: `gva` is 16-byte aligned. Returns the value found.
+    pub(crate) fn exchange_16(
+        &mut self,
+        gva: u64,
+        segment: u8,
+        old: u128,
+        new: u128,
+    ) -> Result<u128, Stop> {
+        let access = self.data_access(Access::WRITE);
+        self.check_address(gva, 16, segment)?;
+        match self.resolve_cached(gva, access)? {
+            Place::Ram { hva } => {
+                // SAFETY: `resolve` returns addresses of guest memory only.
+                match unsafe { host::compare_exchange_16(hva, old, new) } {
+                    Ok(found) => {
+                        self.wrote(hva, 16);
+                        Ok(found)
+                    }
+                    Err(HostFault) => Err(self.host_fault(gva, access)),
+                }
+            }
+            Place::Bus { gpa } => {
+                let mut bytes = [0; 16];
+                self.bus_read(gpa, &mut bytes)?;
+                let found = u128::from_le_bytes(bytes);
+                let value = if found == old { new } else { found };
+                self.bus_write(gpa, &value.to_le_bytes())?;
+                Ok(found)
+            }
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn read_slow<T: Int>(&mut self, gva: u64, segment: u8) -> Result<T, Stop> {
+        let mut bytes = [0; 8];
+        self.read_bytes(gva, segment, &mut bytes[..T::SIZE])?;
+        Ok(T::truncate(u64::from_le_bytes(bytes)))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn write_slow<T: Int>(&mut self, gva: u64, segment: u8, value: T) -> Result<(), Stop> {
+        let value: u64 = value.into();
+        self.write_bytes(gva, segment, &value.to_le_bytes()[..T::SIZE])
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn modify_slow<T: Int, R>(
+        &mut self,
+        gva: u64,
+        segment: u8,
+        lock: bool,
+        mut compute: impl FnMut(T) -> (T, R),
+    ) -> Result<R, Stop> {
+        let access = self.data_access(Access::WRITE);
+        self.check_address(gva, T::SIZE, segment)?;
+        if !crosses(gva, T::SIZE) {
+            return match self.resolve_cached(gva, access)? {
+                Place::Ram { hva } => {
+                    // SAFETY: `resolve` returns addresses of guest memory only.
+                    match unsafe { modify_host(hva, lock, &mut compute) } {
+                        Ok(result) => {
+                            self.wrote(hva, T::SIZE);
+                            Ok(result)
+                        }
+                        Err(HostFault) => Err(self.host_fault(gva, access)),
+                    }
+                }
+                Place::Bus { gpa } => {
+                    let mut bytes = [0; 8];
+                    self.bus_read(gpa, &mut bytes[..T::SIZE])?;
+                    let (value, result) = compute(T::truncate(u64::from_le_bytes(bytes)));
+                    let value: u64 = value.into();
+                    self.bus_write(gpa, &value.to_le_bytes()[..T::SIZE])?;
+                    Ok(result)
+                }
+            };
+        }
+        // A locked access across pages is atomic with respect to other such accesses only.
+        let machine = self.machine.clone();
+        let _guard = lock.then(|| machine.split_lock());
+        let mut bytes = [0; 8];
+        let places = self.resolve_split(gva, T::SIZE, access)?;
+        self.transfer_in(gva, &places, &mut bytes[..T::SIZE], access)?;
+        let (value, result) = compute(T::truncate(u64::from_le_bytes(bytes)));
+        let value: u64 = value.into();
+        self.transfer_out(gva, &places, &value.to_le_bytes()[..T::SIZE])?;
+        Ok(result)
+    }
+
+    /// Reads up to 4096 bytes; every page is checked before any byte is read.
+    pub(crate) fn read_bytes(
+        &mut self,
+        gva: u64,
+        segment: u8,
+        bytes: &mut [u8],
+    ) -> Result<(), Stop> {
+        self.check_address(gva, bytes.len(), segment)?;
+        let access = self.data_access(Access::empty());
+        let places = self.resolve_split(gva, bytes.len(), access)?;
+        self.transfer_in(gva, &places, bytes, access)
+    }
+
+    /// Writes up to 4096 bytes; every page is checked before any byte is written.
+    pub(crate) fn write_bytes(&mut self, gva: u64, segment: u8, bytes: &[u8]) -> Result<(), Stop> {
+        self.check_address(gva, bytes.len(), segment)?;
+        let places = self.resolve_split(gva, bytes.len(), self.data_access(Access::WRITE))?;
+        self.transfer_out(gva, &places, bytes)
+    }
+
+    /// Checks that `len` bytes at `gva` can be written, as a prelude to writing them in parts.
+    pub(crate) fn check_write(&mut self, gva: u64, len: usize, segment: u8) -> Result<(), Stop> {
+        self.check_address(gva, len, segment)?;
+        self.resolve_split(gva, len, self.data_access(Access::WRITE))
+            .map(|_| ())
+    }
+
+    /// Checks that `len` bytes at `gva` can be read.
+    pub(crate) fn check_read(&mut self, gva: u64, len: usize, segment: u8) -> Result<(), Stop> {
+        self.check_address(gva, len, segment)?;
+        self.resolve_split(gva, len, self.data_access(Access::empty()))
+            .map(|_| ())
+    }
+
+    /// An implicit supervisor read of a system structure (descriptor table, TSS).
+    pub(crate) fn read_system<T: Int>(&mut self, gva: u64) -> Result<T, Stop> {
+        let mut bytes = [0; 8];
+        let access = Access::IMPLICIT;
+        self.check_canonical(gva, T::SIZE, DATA)?;
+        let places = self.resolve_split(gva, T::SIZE, access)?;
+        self.transfer_in(gva, &places, &mut bytes[..T::SIZE], access)?;
+        Ok(T::truncate(u64::from_le_bytes(bytes)))
+    }
+
+    /// An implicit supervisor write of a system structure.
+    pub(crate) fn write_system<T: Int>(&mut self, gva: u64, value: T) -> Result<(), Stop> {
+        let value: u64 = value.into();
+        self.check_canonical(gva, T::SIZE, DATA)?;
+        let places = self.resolve_split(gva, T::SIZE, Access::IMPLICIT | Access::WRITE)?;
+        self.transfer_out(gva, &places, &value.to_le_bytes()[..T::SIZE])
+    }
+
+    /// Writes to a stack that is not the current one yet, with the privilege of its segment.
+    pub(crate) fn write_stack_as<T: Int>(
+        &mut self,
+        gva: u64,
+        user: bool,
+        value: T,
+    ) -> Result<(), Stop> {
+        let access = if user { Access::USER } else { Access::empty() };
+        let value: u64 = value.into();
+        self.check_canonical(gva, T::SIZE, STACK)?;
+        let places = self.resolve_split(gva, T::SIZE, access | Access::WRITE)?;
+        self.transfer_out(gva, &places, &value.to_le_bytes()[..T::SIZE])
+    }
+
+    /// Reads code bytes at `gva` into `bytes`, up to the end of its page; the number read.
+    pub(crate) fn fetch_bytes(&mut self, gva: u64, bytes: &mut [u8]) -> Result<usize, Stop> {
+        let hva = self.fetch_address(gva)?;
+        let len = bytes.len().min(0x1000 - (gva & 0xfff) as usize);
+        // SAFETY: `fetch_address` returns addresses of guest memory only.
+        match unsafe { host::copy_from(hva, &mut bytes[..len]) } {
+            Ok(()) => Ok(len),
+            Err(HostFault) => {
+                let access = self.fetch_access();
+                Err(self.host_fault(gva, access))
+            }
+        }
+    }
+
+    /// The host address of the code byte at `gva`.
+    pub(crate) fn fetch_address(&mut self, gva: u64) -> Result<u64, Stop> {
+        let entry = self.tlb.entry(gva);
+        if entry.fetch == gva & PAGE_MASK | self.fetch_context {
+            return Ok(gva.wrapping_add(entry.addend));
+        }
+        match self.resolve(gva, self.fetch_access())? {
+            Place::Ram { hva } => {
+                self.code.page_mapped(hva & PAGE_MASK);
+                Ok(hva)
+            }
+            Place::Bus { .. } => Err(self.stop_with(Cause::Unhandled)),
+        }
+    }
+
+    /// The access bits of a data access by the current code.
+    #[inline]
+    pub(crate) fn data_access(&self, access: Access) -> Access {
+        if self.user {
+            access | Access::USER
+        } else {
+            access
+        }
+    }
+
+    fn fetch_access(&self) -> Access {
+        if self.user {
+            Access::FETCH | Access::USER
+        } else {
+            Access::FETCH
+        }
+    }
+
+    /// Canonical and alignment checks of a data access.
+    fn check_address(&mut self, gva: u64, len: usize, segment: u8) -> Result<(), Stop> {
+        self.check_canonical(gva, len, segment)?;
+        if self.user
+            && self.state.cr0.contains(Cr0::AM)
+            && self.state.rflags_rest & Rflags::AC.bits() != 0
+            && len.is_power_of_two()
+            && len <= 8
+            && gva & (len as u64 - 1) != 0
+        {
+            return Err(self.raise_code(Exception::AlignmentCheck, 0));
+        }
+        Ok(())
+    }
+
+    fn check_canonical(&mut self, gva: u64, len: usize, segment: u8) -> Result<(), Stop> {
+        if !self.long_mode {
+            return Ok(());
+        }
+        if self.is_canonical(gva) && self.is_canonical(gva.wrapping_add(len as u64).wrapping_sub(1))
+        {
+            return Ok(());
+        }
+        let fault = if segment == STACK {
+            Exception::StackFault
+        } else {
+            Exception::GeneralProtection
+        };
+        Err(self.raise_code(fault, 0))
+    }
+
+    /// Whether `gva` is canonical under the current number of levels.
+    #[inline]
+    pub(crate) fn is_canonical(&self, gva: u64) -> bool {
+        let unused = if self.state.cr4.contains(Cr4::LA57) {
+            7
+        } else {
+            16
+        };
+        (gva << unused) as i64 >> unused == gva as i64
+    }
+
+    /// Resolves an access that may touch two pages. The second place is meaningful only then.
+    fn resolve_split(&mut self, gva: u64, len: usize, access: Access) -> Result<[Place; 2], Stop> {
+        let first = self.resolve_cached(gva, access)?;
+        if len == 0 || !crosses(gva, len) {
+            return Ok([first, first]);
+        }
+        let next = (gva & PAGE_MASK).wrapping_add(0x1000);
+        let next = if self.long_mode {
+            next
+        } else {
+            next & 0xffff_ffff
+        };
+        Ok([first, self.resolve_cached(next, access)?])
+    }
+
+    fn transfer_in(
+        &mut self,
+        gva: u64,
+        places: &[Place; 2],
+        bytes: &mut [u8],
+        access: Access,
+    ) -> Result<(), Stop> {
+        let split = bytes.len().min(0x1000 - (gva & 0xfff) as usize);
+        let (head, tail) = bytes.split_at_mut(split);
+        for (place, part, gva) in [
+            (places[0], head, gva),
+            (places[1], tail, gva.wrapping_add(split as u64)),
+        ] {
+            match place {
+                _ if part.is_empty() => {}
+                Place::Ram { hva } => {
+                    // SAFETY: `resolve` returns addresses of guest memory only, and the part
+                    // stays inside its page.
+                    if unsafe { load_part(hva, part) }.is_err() {
+                        return Err(self.host_fault(gva, access));
+                    }
+                }
+                Place::Bus { gpa } => self.bus_read(gpa, part)?,
+            }
+            self.observe_access(gva, part, false);
+        }
+        Ok(())
+    }
+
+    fn transfer_out(&mut self, gva: u64, places: &[Place; 2], bytes: &[u8]) -> Result<(), Stop> {
+        let split = bytes.len().min(0x1000 - (gva & 0xfff) as usize);
+        let (head, tail) = bytes.split_at(split);
+        for (place, part, gva) in [
+            (places[0], head, gva),
+            (places[1], tail, gva.wrapping_add(split as u64)),
+        ] {
+            match place {
+                _ if part.is_empty() => {}
+                Place::Ram { hva } => {
+                    // SAFETY: as in `transfer_in`.
+                    if unsafe { store_part(hva, part) }.is_err() {
+                        return Err(self.host_fault(gva, self.data_access(Access::WRITE)));
+                    }
+                    self.wrote(hva, part.len());
+                }
+                Place::Bus { gpa } => self.bus_write(gpa, part)?,
+            }
+            self.observe_access(gva, part, true);
+        }
+        Ok(())
+    }
+
+    /// After a slow-path write to guest memory: code there is no longer what was decoded.
+    fn wrote(&mut self, hva: u64, len: usize) {
+        if self.machine.note_store(hva, len as u64) {
+            self.code_changed();
+        }
+    }
+
+    fn bus_read(&mut self, gpa: u64, bytes: &mut [u8]) -> Result<(), Stop> {
+        let Some(bus) = self.bus else {
+            return Err(self.stop_with(Cause::Unhandled));
+        };
+        // SAFETY: `bus` is set only while `emulate` runs and points to its argument.
+        match unsafe { &mut *bus.as_ptr() }.read(gpa, bytes) {
+            BusResponse::Done => Ok(()),
+            BusResponse::Later => Err(self.stop_with(Cause::Later)),
+            BusResponse::Fault => Err(self.stop_with(Cause::BusFault)),
+        }
+    }
+
+    fn bus_write(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), Stop> {
+        let Some(bus) = self.bus else {
+            return Err(self.stop_with(Cause::Unhandled));
+        };
+        // SAFETY: as in `bus_read`.
+        match unsafe { &mut *bus.as_ptr() }.write(gpa, bytes) {
+            BusResponse::Done => Ok(()),
+            BusResponse::Later => Err(self.stop_with(Cause::Later)),
+            BusResponse::Fault => Err(self.stop_with(Cause::BusFault)),
+        }
+    }
+
+    /// The class whose rights an access uses.
+    fn class_of(&self, access: Access) -> Class {
+        if access.contains(Access::USER) {
+            Class::User
+        } else if access.contains(Access::IMPLICIT) || !self.supervisor_reaches_user {
+            Class::Supervisor
+        } else {
+            Class::SupervisorUserData
+        }
+    }
+
+    fn privilege(&self) -> Privilege {
+        Privilege {
+            pkru: self.state.pkru,
+            pkrs: self.state.msrs.pkrs as u32,
+            alignment_check: self.state.rflags_rest & Rflags::AC.bits() != 0,
+        }
+    }
+
+    /// Like [`Vcpu::resolve`], but asks the TLB first: slow accesses (to pages with code, wide or
+    /// page-crossing ones) mostly hit it.
+    fn resolve_cached(&mut self, gva: u64, access: Access) -> Result<Place, Stop> {
+        // An access that is watched, or made with another privilege than the current one, is
+        // resolved in full.
+        let entry = self.tlb.entry(gva);
+        let tag = if access.contains(Access::WRITE) {
+            self.tlb.guarded(gva)
+        } else {
+            entry.read
+        };
+        let usual = self.data_access(access - Access::USER) == access;
+        if usual && !access.contains(Access::IMPLICIT) && tag == gva & PAGE_MASK | self.context {
+            let hva = gva.wrapping_add(entry.addend);
+            return Ok(Place::Ram { hva });
+        }
+        self.resolve(gva, access)
+    }
+
+    /// Translates one access and fills the TLB; or raises #PF, or stops for a VM exit.
+    pub(crate) fn resolve(&mut self, gva: u64, access: Access) -> Result<Place, Stop> {
+        let gva = if self.long_mode {
+            gva
+        } else {
+            gva & 0xffff_ffff
+        };
+        if let Some(hint) = self
+            .mmio_hint
+            .filter(|hint| hint.gva & PAGE_MASK == gva & PAGE_MASK)
+            && !access.contains(Access::FETCH)
+        {
+            return Ok(Place::Bus {
+                gpa: hint.gpa & PAGE_MASK | gva & 0xfff,
+            });
+        }
+        self.statistics.tlb_misses += 1;
+        let privilege = self.privilege();
+        let paging = self.paging;
+        let root = self.guest_root();
+        let translated = paging.translate(
+            &mut self.second_stage,
+            &root,
+            Gva::new(gva),
+            access,
+            &privilege,
+        );
+        let translation = match translated {
+            Ok(translation) => translation,
+            Err(GuestError::PageFault(fault)) => {
+                return Err(self.page_fault(gva, fault.error_code.bits() as u32));
+            }
+            Err(GuestError::Memory { error, .. }) => {
+                return Err(self.second_stage_exit(error, gva, access, false));
+            }
+        };
+        let gpa = translation.gpa.get();
+        let mapped = match self.second_stage.translate(gpa, stage_access(access)) {
+            Ok(mapped) => mapped,
+            Err(outcome) => {
+                if self.bus.is_some() && !access.contains(Access::FETCH) && outcome.redirectable() {
+                    return Ok(Place::Bus { gpa });
+                }
+                return Err(self.second_stage_exit(outcome, gva, access, true));
+            }
+        };
+        let hva = mapped.hva;
+        let class = self.class_of(access);
+        let base = match class {
+            Class::User => Access::USER,
+            Class::Supervisor => Access::IMPLICIT,
+            _ => Access::empty(),
+        };
+        let protection = paging.protection();
+        let may = |access: Access| {
+            protection
+                .check(
+                    translation.rights,
+                    translation.key,
+                    base | access,
+                    &privilege,
+                )
+                .is_ok()
+        };
+        // A page that holds code takes its writes on the slow path, which tells the code cache.
+        let writable =
+            translation.rights.contains(Rights::DIRTY) && mapped.writable && may(Access::WRITE);
+        let write = writable && !self.machine.has_code(hva);
+        let fetch_base = base - Access::IMPLICIT;
+        let fetch = mapped.executable
+            && protection
+                .check(
+                    translation.rights,
+                    translation.key,
+                    fetch_base | Access::FETCH,
+                    &privilege,
+                )
+                .is_ok();
+        let read = mapped.readable && may(Access::empty());
+        let mut fill = Fill {
+            gva,
+            hva,
+            read,
+            write,
+            guarded: writable,
+            fetch: false,
+            shift: translation.page_shift as u8,
+        };
+        let space = self.space();
+        let context = self.tlb.context(space, class);
+        self.tlb.fill(context, &fill);
+        if fetch && access.contains(Access::FETCH) {
+            (fill.read, fill.write, fill.fetch) = (false, false, true);
+            self.tlb.fill(self.fetch_context, &fill);
+        }
+        Ok(Place::Ram { hva })
+    }
+
+    /// The exit (or internal stop) that a failure of the second stage means.
+    #[cold]
+    fn second_stage_exit(
+        &mut self,
+        outcome: Outcome,
+        gva: u64,
+        access: Access,
+        is_final: bool,
+    ) -> Stop {
+        let mut exit = VmExit::new(ExitReason::EptViolation);
+        exit.guest_physical_address = outcome.gpa;
+        exit.guest_linear_address = gva;
+        match outcome.reason {
+            Reason::ShadowFault(code) => return self.page_fault(gva, code),
+            Reason::Misconfigured => {
+                exit.reason = ExitReason::EptMisconfiguration;
+                return self.stop_with(Cause::Exit(exit));
+            }
+            Reason::HostFault => {
+                self.host_fault_gpa = Some(outcome.gpa);
+            }
+            Reason::Violation => {}
+        }
+        let mut q = EptViolation::LINEAR_VALID | outcome.qualification;
+        if is_final {
+            q |= EptViolation::FINAL;
+            q.set(EptViolation::WRITE, access.contains(Access::WRITE));
+            q.set(EptViolation::FETCH, access.contains(Access::FETCH));
+            q.set(
+                EptViolation::READ,
+                !access.intersects(Access::WRITE | Access::FETCH),
+            );
+        }
+        q.set(EptViolation::NMI_UNBLOCKING, self.unblocking_nmi);
+        exit.qualification = q.bits();
+        self.stop_with(Cause::Exit(exit))
+    }
+
+    /// Host memory behind a translation is gone: report it as a violation of that page.
+    #[cold]
+    fn host_fault(&mut self, gva: u64, access: Access) -> Stop {
+        self.tlb.flush();
+        self.second_stage.flush();
+        let root = self.guest_root();
+        let (paging, privilege) = (self.paging, self.privilege());
+        let translated = paging.translate(
+            &mut self.second_stage,
+            &root,
+            Gva::new(gva),
+            access,
+            &privilege,
+        );
+        self.update_context();
+        let outcome = match translated {
+            Ok(translation) => Outcome {
+                gpa: translation.gpa.get(),
+                reason: Reason::HostFault,
+                qualification: EptViolation::empty(),
+            },
+            Err(GuestError::PageFault(fault)) => {
+                return self.page_fault(gva, fault.error_code.bits() as u32);
+            }
+            Err(GuestError::Memory { error, .. }) => {
+                return self.second_stage_exit(error, gva, access, false);
+            }
+        };
+        self.second_stage_exit(outcome, gva, access, true)
+    }
+}
+
+/// Whether `len` bytes at `gva` touch two pages.
+#[inline(always)]
+pub(crate) fn crosses(gva: u64, len: usize) -> bool {
+    (gva & 0xfff) as usize + len > 0x1000
+}
+
+fn stage_access(access: Access) -> crate::second_stage::StageAccess {
+    use crate::second_stage::StageAccess;
+    if access.contains(Access::WRITE) {
+        StageAccess::Write
+    } else if access.contains(Access::FETCH) {
+        StageAccess::Fetch
+    } else {
+        StageAccess::Read
+    }
+}
+
+/// # Safety
+/// As for [`HostInt::store`].
+#[inline(always)]
+unsafe fn modify_host<T: Int, R>(
+    hva: u64,
+    lock: bool,
+    compute: &mut impl FnMut(T) -> (T, R),
+) -> Result<R, HostFault> {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        let mut old = T::load(hva)?;
+        loop {
+            let (new, result) = compute(old);
+            if !lock {
+                T::store(hva, new)?;
+                return Ok(result);
+            }
+            let found = T::compare_exchange(hva, old, new)?;
+            if found == old {
+                return Ok(result);
+            }
+            old = found;
+        }
+    }
+}
+
+/// Loads a part of a page; powers of two up to 8 in one access.
+///
+/// # Safety
+/// As for [`HostInt::load`].
+unsafe fn load_part(hva: u64, part: &mut [u8]) -> Result<(), HostFault> {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        match part.len() {
+            1 => part[0] = u8::load(hva)?,
+            2 => part.copy_from_slice(&u16::load(hva)?.to_le_bytes()),
+            4 => part.copy_from_slice(&u32::load(hva)?.to_le_bytes()),
+            8 => part.copy_from_slice(&u64::load(hva)?.to_le_bytes()),
+            _ => host::copy_from(hva, part)?,
+        }
+    }
+    Ok(())
+}
+
+/// Stores a part of a page; powers of two up to 8 in one access.
+///
+/// # Safety
+/// As for [`HostInt::store`].
+unsafe fn store_part(hva: u64, part: &[u8]) -> Result<(), HostFault> {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        match *part {
+            [a] => u8::store(hva, a),
+            [a, b] => u16::store(hva, u16::from_le_bytes([a, b])),
+            [a, b, c, d] => u32::store(hva, u32::from_le_bytes([a, b, c, d])),
+            [a, b, c, d, e, f, g, h] => {
+                u64::store(hva, u64::from_le_bytes([a, b, c, d, e, f, g, h]))
+            }
+            _ => host::copy_to(hva, part),
+        }
+    }
+}

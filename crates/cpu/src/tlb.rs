@@ -1,0 +1,364 @@
+//! The software TLB.
+//!
+//! Direct-mapped. An entry caches the translation of one 4 KiB page of linear addresses; its
+//! three tags (read, write, fetch) match only for accesses that need no further check. A tag is
+//! the page's linear address with the translation context in the low twelve bits:
+//!
+//! ```text
+//! 63                                12 11            2 1     0
+//! ┌───────────────────────────────────┬───────────────┬───────┐
+//! │ linear page                       │ address space │ class │
+//! └───────────────────────────────────┴───────────────┴───────┘
+//! ```
+//!
+//! The class says for whom the rights hold (user, supervisor, supervisor that may touch user
+//! pages), so a privilege change needs no flush. An address space is everything else that a
+//! translation depends on ([`Space`]); dropping one is forgetting its number. Number 1023 is never
+//! given out, so a tag of all ones matches nothing.
+
+use std::collections::VecDeque;
+
+/// Entries of the TLB.
+pub(crate) const ENTRIES: usize = 1024;
+
+const PAGE_MASK: u64 = !0xfff;
+
+/// A tag that no access has.
+pub(crate) const NO_TAG: u64 = u64::MAX;
+
+/// For whom the rights of a translation hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Class {
+    /// CPL 3.
+    User = 0,
+    /// CPL 0 to 2 with SMAP in force.
+    Supervisor = 1,
+    /// CPL 0 to 2 that may read and write user pages (SMAP off, or EFLAGS.AC).
+    SupervisorUserData = 2,
+    /// Accesses that must always take the slow path.
+    Slow = 3,
+}
+
+/// One translation. `repr(C)`: generated code reads it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Entry {
+    /// Tag for reads.
+    pub read: u64,
+    /// Tag for writes.
+    pub write: u64,
+    /// Tag for fetches.
+    pub fetch: u64,
+    /// Host virtual address minus linear address.
+    pub addend: u64,
+}
+
+const INVALID: Entry = Entry {
+    read: NO_TAG,
+    write: NO_TAG,
+    fetch: NO_TAG,
+    addend: 0,
+};
+
+/// What a translation depends on, apart from the class: who flushes it and by what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Space {
+    /// VPID of the entry controls.
+    pub vpid: u16,
+    /// PCID, 0 without CR4.PCIDE.
+    pub pcid: u16,
+    /// The EPT root or the shadow root.
+    pub root: u64,
+    /// Paging-mode bits of CR0, CR4 and EFER, and PKRU.
+    pub mode: u64,
+}
+
+/// The TLB of one processor.
+pub(crate) struct Tlb {
+    entries: Box<[Entry; ENTRIES]>,
+    info: Box<[Info; ENTRIES]>,
+    /// Live address spaces, most recently used first.
+    spaces: VecDeque<(Space, u16)>,
+    next: u16,
+    /// Changes whenever a translation is dropped, so that what was derived from one can be too.
+    generation: u64,
+}
+
+/// What only slow paths need of an entry.
+#[derive(Clone, Copy)]
+struct Info {
+    /// Tag for writes that are allowed but must tell the code cache.
+    guarded: u64,
+    /// log2 of the guest's page size.
+    shift: u8,
+}
+
+const NO_INFO: Info = Info {
+    guarded: NO_TAG,
+    shift: 0,
+};
+
+/// What is put into the TLB.
+pub(crate) struct Fill {
+    /// Linear address.
+    pub gva: u64,
+    /// Host virtual address of the same byte.
+    pub hva: u64,
+    /// Reads need no check.
+    pub read: bool,
+    /// Writes need no check.
+    pub write: bool,
+    /// Fetches need no check.
+    pub fetch: bool,
+    /// Writes are allowed, but those to a page with code must tell the code cache.
+    pub guarded: bool,
+    /// log2 of the guest's page size.
+    pub shift: u8,
+}
+
+const SPACES: usize = 24;
+const LAST_NUMBER: u16 = 1022;
+
+impl Tlb {
+    pub(crate) fn new() -> Tlb {
+        Tlb {
+            entries: vec![INVALID; ENTRIES]
+                .try_into()
+                .unwrap_or_else(|_| unreachable!()),
+            info: vec![NO_INFO; ENTRIES]
+                .try_into()
+                .unwrap_or_else(|_| unreachable!()),
+            spaces: VecDeque::with_capacity(SPACES + 1),
+            next: 0,
+            generation: 0,
+        }
+    }
+
+    /// Changes whenever a translation is dropped.
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    #[inline(always)]
+    fn slot(gva: u64) -> usize {
+        (gva >> 12) as usize & (ENTRIES - 1)
+    }
+
+    /// The entry that would hold the translation of `gva`.
+    #[inline(always)]
+    pub(crate) fn entry(&self, gva: u64) -> &Entry {
+        &self.entries[Self::slot(gva)]
+    }
+
+    /// The tag for writes to the page of `gva` that must tell the code cache.
+    pub(crate) fn guarded(&self, gva: u64) -> u64 {
+        self.info[Self::slot(gva)].guarded
+    }
+
+    /// The context bits of the tags of `space` and `class`.
+    pub(crate) fn context(&mut self, space: Space, class: Class) -> u64 {
+        self.number(space) << 2 | class as u64
+    }
+
+    fn number(&mut self, space: Space) -> u64 {
+        if let Some(at) = self.spaces.iter().position(|(s, _)| *s == space) {
+            if at != 0
+                && let Some(found) = self.spaces.remove(at)
+            {
+                self.spaces.push_front(found);
+            }
+            return self.spaces[0].1.into();
+        }
+        if self.next > LAST_NUMBER {
+            self.flush();
+        }
+        let number = self.next;
+        self.next += 1;
+        self.spaces.push_front((space, number));
+        self.spaces.truncate(SPACES);
+        number.into()
+    }
+
+    /// Puts a translation in.
+    pub(crate) fn fill(&mut self, context: u64, fill: &Fill) {
+        let slot = Self::slot(fill.gva);
+        let tag = fill.gva & PAGE_MASK | context;
+        let pick = |allowed| if allowed { tag } else { NO_TAG };
+        let addend = fill.hva.wrapping_sub(fill.gva);
+        let entry = &mut self.entries[slot];
+        let old = *entry;
+        *entry = Entry {
+            read: pick(fill.read),
+            write: pick(fill.write),
+            fetch: pick(fill.fetch),
+            addend,
+        };
+        let mut guarded = pick(fill.guarded);
+        // What earlier accesses found out about the same translation stays, in any context.
+        if old.addend == addend {
+            let keep = |new: u64, old: u64| {
+                if new == NO_TAG && old != NO_TAG && (old ^ tag) & PAGE_MASK == 0 {
+                    old
+                } else {
+                    new
+                }
+            };
+            entry.read = keep(entry.read, old.read);
+            entry.write = keep(entry.write, old.write);
+            entry.fetch = keep(entry.fetch, old.fetch);
+            guarded = keep(guarded, self.info[slot].guarded);
+        }
+        self.info[slot] = Info {
+            guarded,
+            shift: fill.shift,
+        };
+    }
+
+    /// Drops everything.
+    pub(crate) fn flush(&mut self) {
+        self.entries.fill(INVALID);
+        self.info.fill(NO_INFO);
+        self.spaces.clear();
+        self.next = 0;
+        self.generation += 1;
+    }
+
+    /// Drops the address spaces that `which` picks, global pages included.
+    pub(crate) fn flush_spaces(&mut self, which: impl Fn(&Space) -> bool) {
+        self.spaces.retain(|(space, _)| !which(space));
+        self.generation += 1;
+    }
+
+    /// Drops the translations of the page that holds `gva`, of every size and in every address
+    /// space (the architecture lets more be dropped than asked).
+    pub(crate) fn flush_page(&mut self, gva: u64) {
+        for slot in 0..ENTRIES {
+            let info = self.info[slot];
+            // A 4 KiB translation can only be in its own slot.
+            if info.shift <= 12 && slot != Self::slot(gva) {
+                continue;
+            }
+            let entry = &mut self.entries[slot];
+            let shift = info.shift.max(12);
+            if [entry.read, entry.write, entry.fetch, info.guarded]
+                .iter()
+                .any(|&tag| tag != NO_TAG && (tag ^ gva) >> shift == 0)
+            {
+                *entry = INVALID;
+                self.info[slot] = NO_INFO;
+            }
+        }
+        self.generation += 1;
+    }
+
+    /// Forbids fast writes to the host page at `hva_page` until the entries are filled anew.
+    pub(crate) fn revoke_writes(&mut self, hva_page: u64) {
+        for entry in self.entries.iter_mut() {
+            if entry.write != NO_TAG
+                && (entry.write & PAGE_MASK).wrapping_add(entry.addend) == hva_page
+            {
+                entry.write = NO_TAG;
+            }
+        }
+    }
+
+    /// Forbids all fast writes until the entries are filled anew.
+    pub(crate) fn revoke_all_writes(&mut self) {
+        for entry in self.entries.iter_mut() {
+            entry.write = NO_TAG;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SPACE: Space = Space {
+        vpid: 1,
+        pcid: 0,
+        root: 0x1000,
+        mode: 0,
+    };
+
+    fn fill(gva: u64, shift: u8) -> Fill {
+        Fill {
+            gva,
+            hva: gva + 0x7000_0000,
+            read: true,
+            write: false,
+            fetch: false,
+            guarded: false,
+            shift,
+        }
+    }
+
+    #[test]
+    fn rights_accumulate_for_the_same_translation_only() {
+        let mut tlb = Tlb::new();
+        let context = tlb.context(SPACE, Class::User);
+        tlb.fill(context, &fill(0x5000, 12));
+        tlb.fill(
+            context,
+            &Fill {
+                read: false,
+                write: true,
+                ..fill(0x5000, 12)
+            },
+        );
+        let tag = 0x5000 | context;
+        assert_eq!(
+            (tlb.entry(0x5123).read, tlb.entry(0x5123).write),
+            (tag, tag)
+        );
+        tlb.fill(
+            context,
+            &Fill {
+                hva: 0x9000,
+                read: false,
+                fetch: true,
+                ..fill(0x5000, 12)
+            },
+        );
+        assert_eq!(
+            (tlb.entry(0x5000).read, tlb.entry(0x5000).fetch),
+            (NO_TAG, tag)
+        );
+    }
+
+    #[test]
+    fn dropping_a_space_is_forgetting_its_number() {
+        let mut tlb = Tlb::new();
+        let a = tlb.context(SPACE, Class::User);
+        let other = Space { pcid: 5, ..SPACE };
+        let b = tlb.context(other, Class::User);
+        assert_ne!(a, b);
+        assert_eq!(tlb.context(SPACE, Class::User), a);
+        tlb.flush_spaces(|s| s.pcid == 0);
+        assert_ne!(tlb.context(SPACE, Class::User), a);
+        assert_eq!(tlb.context(other, Class::User), b);
+    }
+
+    #[test]
+    fn numbers_run_out_and_start_again() {
+        let mut tlb = Tlb::new();
+        for i in 0..3000u64 {
+            let context = tlb.context(Space { root: i, ..SPACE }, Class::Slow);
+            assert!(context >> 2 <= u64::from(LAST_NUMBER));
+        }
+    }
+
+    #[test]
+    fn a_page_goes_with_the_large_page_around_it() {
+        let mut tlb = Tlb::new();
+        let context = tlb.context(SPACE, Class::Supervisor);
+        tlb.fill(context, &fill(0x20_3000, 21));
+        tlb.fill(context, &fill(0x40_3000, 12));
+        tlb.flush_page(0x21_0000);
+        assert_eq!(tlb.entry(0x20_3000).read, NO_TAG);
+        assert_ne!(tlb.entry(0x40_3000).read, NO_TAG);
+        tlb.flush_page(0x40_3fff);
+        assert_eq!(tlb.entry(0x40_3000).read, NO_TAG);
+    }
+}

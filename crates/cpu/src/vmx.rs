@@ -1,0 +1,326 @@
+//! VM entry, single-instruction emulation, and queries from outside.
+
+use crate::controls::Controls;
+use crate::entry_checks;
+use crate::event::Event;
+use crate::op::Stop;
+use crate::second_stage::StageAccess;
+use crate::vcpu::{Bus, Cause, Emulated, MmioHint, Observer, Vcpu};
+use arch::addr::Gva;
+use arch::control_registers::Rflags;
+use arch::controls::{Interruptibility, SecondaryControls};
+use arch::exit::{ExitReason, VmExit};
+use arch::interruption::InterruptionType;
+use arch::paging::{Access, GuestError, GuestPaging, Privilege};
+use std::ptr::NonNull;
+
+/// A linear address that [`Vcpu::translate`] translated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translated {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// The guest's tables allow writes.
+    pub writable: bool,
+    /// The guest's tables allow user-mode accesses.
+    pub user: bool,
+}
+
+impl Vcpu {
+    /// VM entry: injects the event that the controls name and runs the guest until it exits.
+    ///
+    /// Guest state that the entry checks refuse is an exit with [`ExitReason::InvalidGuestState`]
+    /// and [`VmExit::entry_failure`].
+    pub fn enter(&mut self, controls: &Controls) -> VmExit {
+        self.with_controls(controls, |cpu| {
+            if let Err(rule) = entry_checks::check(cpu) {
+                return entry_checks::failure(rule);
+            }
+            cpu.prepare();
+            cpu.statistics.entries += 1;
+            cpu.attention.set_in_guest(true);
+            cpu.start_preemption_timer();
+            cpu.settle_statistics();
+            let exit = cpu.inject().unwrap_or_else(|| cpu.run());
+            cpu.attention.set_in_guest(false);
+            cpu.serve_queue();
+            cpu.state.set_rflags(cpu.state.rflags());
+            exit
+        })
+    }
+
+    /// Recomputes everything that follows from state and controls.
+    fn prepare(&mut self) {
+        let controls = self.controls();
+        let eptp = controls.ept().then_some(controls.eptp);
+        let log = self.secondary(SecondaryControls::ENABLE_PML);
+        if self.second_stage.select(eptp) {
+            self.tlb.flush();
+        }
+        if log != self.second_stage.pml.is_some() {
+            self.second_stage.pml = log.then(Vec::new);
+            self.second_stage.flush();
+            self.tlb.flush();
+        }
+        self.cause = Cause::None;
+        self.vectoring = None;
+        self.unblocking_nmi = false;
+        self.host_fault_gpa = None;
+        self.update_mode();
+        self.request_own();
+    }
+
+    /// Delivers the event to inject; the exit that this may end in.
+    fn inject(&mut self) -> Option<VmExit> {
+        let info = self.controls().interruption_info;
+        if !info.is_valid() {
+            return None;
+        }
+        if info.kind() == InterruptionType::Other {
+            return Some(VmExit::new(ExitReason::MonitorTrapFlag));
+        }
+        let event = Event {
+            vector: info.vector(),
+            kind: info.kind(),
+            error_code: info
+                .has_error_code()
+                .then(|| self.controls().interruption_error_code),
+            length: if info.is_software() {
+                self.controls().instruction_length
+            } else {
+                0
+            },
+        };
+        self.state.activity = arch::controls::Activity::Active;
+        self.take_event(event).err()
+    }
+
+    /// Executes the one instruction at RIP, sending accesses to guest-physical memory that EPT
+    /// does not map for them to `bus`.
+    ///
+    /// `hint` is the translation that an exit has established: data accesses to that linear page
+    /// go to the bus without another walk.
+    pub fn emulate(
+        &mut self,
+        controls: &Controls,
+        hint: Option<MmioHint>,
+        bus: &mut dyn Bus,
+    ) -> Emulated {
+        self.emulate_watched(controls, hint, bus, None)
+    }
+
+    /// Executes the one instruction at RIP like [`Vcpu::emulate`], telling `observer` of the
+    /// instruction, its memory accesses and its control transfer.
+    pub fn step(
+        &mut self,
+        controls: &Controls,
+        bus: &mut dyn Bus,
+        observer: &mut dyn Observer,
+    ) -> Emulated {
+        self.emulate_watched(controls, None, bus, Some(observer))
+    }
+
+    fn emulate_watched(
+        &mut self,
+        controls: &Controls,
+        hint: Option<MmioHint>,
+        bus: &mut dyn Bus,
+        observer: Option<&mut dyn Observer>,
+    ) -> Emulated {
+        self.with_controls(controls, |cpu| {
+            cpu.prepare();
+            cpu.mmio_hint = hint;
+            // SAFETY: only the lifetime changes; both pointers are cleared before this call
+            // returns, so neither outlives its borrow.
+            cpu.bus = Some(unsafe {
+                core::mem::transmute::<NonNull<dyn Bus + '_>, NonNull<dyn Bus>>(NonNull::from(bus))
+            });
+            cpu.observer = observer.map(|observer| {
+                // SAFETY: as for the bus.
+                unsafe {
+                    core::mem::transmute::<NonNull<dyn Observer + '_>, NonNull<dyn Observer>>(
+                        NonNull::from(observer),
+                    )
+                }
+            });
+            cpu.update_context();
+            cpu.serve_queue();
+            let saved = cpu.state.clone();
+            let result = cpu.emulate_one(&saved);
+            cpu.mmio_hint = None;
+            cpu.bus = None;
+            cpu.observer = None;
+            cpu.state.set_rflags(cpu.state.rflags());
+            result
+        })
+    }
+
+    fn emulate_one(&mut self, saved: &crate::state::CpuState) -> Emulated {
+        let op = match self.single_op() {
+            Ok(op) => op,
+            Err(Stop) => return self.emulation_stopped(saved),
+        };
+        // SAFETY: the block of `op` is kept until the next lookup, which comes after its use.
+        let op = unsafe { &*op };
+        if let Some(observer) = self.observer {
+            let mut bytes = [0; 15];
+            let bytes = &mut bytes[..op.len.min(15).into()];
+            let linear = self.state.rip.wrapping_add(self.state.segment_bases[1]);
+            if self.fetch_bytes(linear, bytes).is_err() {
+                return self.emulation_stopped(saved);
+            }
+            // SAFETY: set by `emulate_watched` from its argument.
+            unsafe { &mut *observer.as_ptr() }.instruction(&self.state, bytes);
+        }
+        let (next, from) = (self.next_rip(op), self.state.rip);
+        let shadow =
+            self.state.interruptibility & (Interruptibility::STI | Interruptibility::MOV_SS);
+        let resume = self.state.rflags_rest & Rflags::RF.bits();
+        self.state.interruptibility.remove(shadow);
+        self.state.rflags_rest &= !resume;
+        self.countdown -= 1;
+        if self.execute_single(op) {
+            self.state.interruptibility.insert(shadow);
+            self.state.rflags_rest |= resume;
+            return self.emulation_stopped(saved);
+        }
+        if saved.rflags_rest & Rflags::TF.bits() != 0 {
+            self.state.pending_debug |= arch::control_registers::Dr6::BS.bits();
+        }
+        if self.state.rip != next
+            && let Some(observer) = self.observer
+        {
+            // SAFETY: as above.
+            unsafe { &mut *observer.as_ptr() }.branch(from, self.state.rip);
+        }
+        Emulated::Done
+    }
+
+    fn emulation_stopped(&mut self, saved: &crate::state::CpuState) -> Emulated {
+        match self.cause {
+            Cause::Later => {
+                self.restore(saved);
+                Emulated::Later
+            }
+            Cause::BusFault => {
+                self.restore(saved);
+                Emulated::BusFault
+            }
+            Cause::Unhandled | Cause::None => {
+                self.restore(saved);
+                Emulated::Unhandled
+            }
+            _ => match self.stopped() {
+                Some(exit) => Emulated::Exit(exit),
+                None => Emulated::Done,
+            },
+        }
+    }
+
+    /// Puts registers back as they were before an abandoned instruction.
+    fn restore(&mut self, saved: &crate::state::CpuState) {
+        self.cause = Cause::None;
+        self.state.clone_from(saved);
+        self.update_mode();
+    }
+
+    /// Translates a linear address through the guest's own tables, as a supervisor read would,
+    /// setting no accessed or dirty bits that are not set already being no promise.
+    pub fn translate(&mut self, controls: &Controls, gva: u64) -> Option<Translated> {
+        self.with_controls(controls, |cpu| {
+            cpu.prepare();
+            if cpu.long_mode && !cpu.is_canonical(gva) {
+                return None;
+            }
+            let root = cpu.guest_root();
+            let paging: GuestPaging = cpu.paging;
+            // With EFLAGS.AC assumed, SMAP forbids nothing.
+            let privilege = Privilege {
+                alignment_check: true,
+                ..Privilege::default()
+            };
+            let access = Access::empty();
+            let found = paging.translate(
+                &mut cpu.second_stage,
+                &root,
+                Gva::new(gva),
+                access,
+                &privilege,
+            );
+            match found {
+                Ok(t) => Some(Translated {
+                    gpa: t.gpa.get(),
+                    writable: t.rights.contains(arch::paging::Rights::WRITABLE),
+                    user: t.rights.contains(arch::paging::Rights::USER),
+                }),
+                Err(GuestError::PageFault(_) | GuestError::Memory { .. }) => None,
+            }
+        })
+    }
+
+    /// The bytes at RIP that can be fetched, up to 15, and how many they are.
+    pub fn instruction_bytes(&mut self, controls: &Controls) -> ([u8; 15], usize) {
+        self.with_controls(controls, |cpu| {
+            cpu.prepare();
+            let mut bytes = [0; 15];
+            let mut linear = cpu.state.rip.wrapping_add(cpu.state.segment_bases[1]);
+            if !cpu.long64 {
+                linear &= 0xffff_ffff;
+            }
+            let mut read = 0;
+            while read < bytes.len() {
+                match cpu.fetch_bytes(linear.wrapping_add(read as u64), &mut bytes[read..]) {
+                    Ok(more) => read += more,
+                    Err(Stop) => break,
+                }
+            }
+            cpu.cause = Cause::None;
+            cpu.host_fault_gpa = None;
+            (bytes, read)
+        })
+    }
+
+    /// Reads guest memory at a linear address with supervisor rights and no side effect on the
+    /// guest beyond accessed bits; how many bytes could be read.
+    pub fn read_linear(&mut self, controls: &Controls, gva: u64, bytes: &mut [u8]) -> usize {
+        self.with_controls(controls, |cpu| {
+            cpu.prepare();
+            let mut read = 0;
+            while read < bytes.len() {
+                let at = gva.wrapping_add(read as u64);
+                let part = (bytes.len() - read).min(0x1000 - (at & 0xfff) as usize);
+                let to = &mut bytes[read..read + part];
+                let Some(gpa) = cpu.translate_quietly(at) else {
+                    break;
+                };
+                let Ok(mapped) = cpu.second_stage.translate(gpa, StageAccess::Read) else {
+                    break;
+                };
+                // SAFETY: the second stage maps nothing but memory given to the guest.
+                if unsafe { crate::host::copy_from(mapped.hva, to) }.is_err() {
+                    break;
+                }
+                read += part;
+            }
+            read
+        })
+    }
+
+    fn translate_quietly(&mut self, gva: u64) -> Option<u64> {
+        let root = self.guest_root();
+        let paging = self.paging;
+        let privilege = Privilege {
+            alignment_check: true,
+            ..Privilege::default()
+        };
+        paging
+            .translate(
+                &mut self.second_stage,
+                &root,
+                Gva::new(gva),
+                Access::empty(),
+                &privilege,
+            )
+            .ok()
+            .map(|t| t.gpa.get())
+    }
+}
