@@ -10,7 +10,7 @@ use crate::nx::NxSplits;
 use crate::spte::{LeafPolicy, MmioFormat, Spte};
 use crate::srcu::{ReadSection, Srcu};
 use crate::stats::{Counters, Stats};
-use crate::sync::{self, AtomicUsize, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use crate::sync::{self, AtomicU64, AtomicUsize, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::tdp::{Retired, Root, TableCache, TablePool};
 use crate::track::WriteListener;
 use crate::vcpu::Vcpu;
@@ -19,7 +19,6 @@ use arch::addr::{Gfn, Hva};
 use arch::controls::Eptp;
 use arch::paging::{EptFeatures, EptPaging, Level};
 use std::ops::{Deref, Range};
-use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, OnceLock};
 

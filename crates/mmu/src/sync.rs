@@ -20,8 +20,9 @@ pub(crate) use shuttle::sync::{
 /// A place where another thread may run, under the model checker.
 #[inline(always)]
 pub(crate) fn point() {
+    // An access to a shared variable: unlike a yield, it does not say that the thread waits.
     #[cfg(feature = "model")]
-    shuttle::thread::yield_now();
+    shuttle::sync::atomic::AtomicBool::new(false).load(std::sync::atomic::Ordering::SeqCst);
 }
 
 /// One turn of waiting for another thread: spins first, then lets others run.

@@ -2,8 +2,7 @@
 
 use super::AddressSpace;
 use crate::dirty::DirtyBitmap;
-use crate::sync::point;
-use arch::addr::{Gfn, Hva, PAGE_SHIFT, PAGE_SIZE};
+use arch::addr::{Gfn, Hva, PAGE_SHIFT};
 use arch::paging::Level;
 use bitflags::bitflags;
 use std::ops::Range;
@@ -54,7 +53,7 @@ pub(crate) struct PageState {
     access: OnceLock<Box<[AtomicU8]>>,
     /// Reasons against a huge page, per 2 MiB and per 1 GiB.
     disallow: [Box<[AtomicU32]>; 2],
-    /// What is known of the host memory, per 2 MiB of host address.
+    /// What is known of the host memory, per `1 << PROBE_SHIFT` bytes of host address.
     probed: Box<[AtomicU8]>,
 }
 
@@ -77,8 +76,8 @@ pub(crate) enum Disallow {
     Remove,
 }
 
-/// Granularity of the probe records.
-pub(crate) const PROBE_SHIFT: u32 = 21;
+/// Granularity of the probe records: coarse for the model checker, which cannot afford 512 faults.
+const PROBE_SHIFT: u32 = if cfg!(feature = "model") { 30 } else { 21 };
 
 /// The page takes no instruction fetches on the processor: it is to be emulated.
 const ACCESS_TRAP_EXECUTE: u8 = 1 << 0;
@@ -329,7 +328,6 @@ impl Memslot {
     /// What is known of the host memory of a frame.
     #[inline]
     pub(crate) fn probed(&self, gfn: Gfn) -> Probed {
-        point();
         match self.state.probed[self.probe_index(self.hva_of(gfn))].load(Acquire) {
             0 => Probed::Unknown,
             1 => Probed::Readable,
@@ -341,7 +339,7 @@ impl Memslot {
     pub(crate) fn probed_block(&self, gfn: Gfn, level: Level) -> Probed {
         let first = gfn.align_down(level.pages());
         (0..level.pages())
-            .step_by(Level::PDE.pages() as usize)
+            .step_by(1 << (PROBE_SHIFT - PAGE_SHIFT))
             .map(|offset| self.probed(first.wrapping_add(offset)))
             .min()
             .unwrap_or(Probed::Unknown)
@@ -372,5 +370,3 @@ impl Memslot {
         }
     }
 }
-
-const _: () = assert!(1 << PROBE_SHIFT == PAGE_SIZE << 9);

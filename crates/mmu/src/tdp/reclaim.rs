@@ -21,6 +21,8 @@ pub(crate) struct Retired {
     pub(crate) level: Level,
     /// Its first frame.
     pub(crate) first: Gfn,
+    /// Its entries were frozen and what they pointed to is retired on its own.
+    is_frozen: bool,
 }
 
 impl Retired {
@@ -36,6 +38,7 @@ impl Retired {
             address: entry.table_address(),
             level: level.below()?,
             first,
+            is_frozen: false,
         })
     }
 }
@@ -46,35 +49,37 @@ impl Mmu {
     /// Other threads may be inside it, about to link a table or set a leaf: freezing each entry
     /// makes their compare-exchange fail, so that nothing is built into a dying table and lost.
     pub(crate) fn retire_replaced(&self, space: AddressSpace, old: Spte, level: Level, gfn: Gfn) {
-        let Some(retired) = Retired::below(space, old, level, gfn.align_down(level.pages())) else {
-            return;
-        };
-        if !is_mutant(Mutant::NoFreeze) {
-            self.freeze(&retired);
+        if let Some(retired) = Retired::below(space, old, level, gfn.align_down(level.pages())) {
+            self.freeze(retired);
         }
-        sync::lock(&self.retired).push(retired);
         self.has_retired.store(1, SeqCst);
     }
 
-    fn freeze(&self, retired: &Retired) {
+    fn freeze(&self, mut retired: Retired) {
         let table: *const TablePage =
             std::ptr::with_exposed_provenance(retired.address.get() as usize);
         // SAFETY: unlinked by this thread under the shared lock, which it still holds; it is freed
         // under the exclusive lock at the earliest.
         let table = unsafe { &*table };
-        let span = retired.level.pages();
         for (index, cell) in table.cells().iter().enumerate() {
-            let old = cell.swap(Spte::FROZEN);
-            let first = retired.first.wrapping_add(index as u64 * span);
+            let old = if is_mutant(Mutant::NoFreeze) {
+                cell.load()
+            } else {
+                cell.swap(Spte::FROZEN)
+            };
+            let first = retired
+                .first
+                .wrapping_add(index as u64 * retired.level.pages());
             if old.is_table(retired.level) {
                 if let Some(child) = Retired::below(retired.space, old, retired.level, first) {
-                    self.freeze(&child);
-                    sync::lock(&self.retired).push(child);
+                    self.freeze(child);
                 }
             } else if old.is_leaf(retired.level) {
                 self.leaf_removed(retired.space, old, retired.level, first);
             }
         }
+        retired.is_frozen = true;
+        sync::lock(&self.retired).push(retired);
     }
 
     /// Frees what was retired under the shared lock. The caller holds no lock.
@@ -84,22 +89,21 @@ impl Mmu {
             return;
         }
         let exclusive = self.exclusive();
-        self.has_retired.store(0, SeqCst);
-        let tables = std::mem::take(&mut *sync::lock(&self.retired));
-        self.finish(
-            exclusive,
-            Owed {
-                flush: Some(Flush::All),
-                tables,
-            },
-        );
+        self.finish(exclusive, Owed::default());
     }
 
     /// Pays what a change under the exclusive lock owes: the flush goes round before the lock is
     /// dropped, so that nobody who finds an entry already changed takes that for done, and then the
-    /// unlinked tables are freed.
+    /// unlinked tables are freed. That includes tables retired under the shared lock.
     pub(crate) fn finish(&self, exclusive: Exclusive<'_>, owed: Owed) {
-        let Owed { flush, tables } = owed;
+        let Owed {
+            mut flush,
+            mut tables,
+        } = owed;
+        if self.has_retired.swap(0, SeqCst) != 0 {
+            flush = Some(Flush::All);
+            tables.append(&mut sync::lock(&self.retired));
+        }
         if let Some(flush) = flush {
             self.flush(&flush);
         }
@@ -114,14 +118,16 @@ impl Mmu {
         // SAFETY: it was unlinked; since then the exclusive lock was held and a flush went round,
         // so no thread and no processor has a way into it.
         let table = unsafe { OwnedTable::from_address(retired.address) };
-        self.empty(table.page(), retired.space, retired.level, retired.first);
+        if !retired.is_frozen {
+            self.empty(table.page(), retired.space, retired.level, retired.first);
+        }
         self.counters.table_freed.add(1);
         self.pool.free(table);
     }
 
     fn empty(&self, table: &TablePage, space: AddressSpace, level: Level, base: Gfn) {
         for (index, cell) in table.cells().iter().enumerate() {
-            let old = cell.swap(Spte::EMPTY);
+            let old = cell.take_private();
             let first = base.wrapping_add(index as u64 * level.pages());
             if old.is_table(level) {
                 if let Some(child) = Retired::below(space, old, level, first) {

@@ -13,6 +13,9 @@ use std::sync::atomic::{AtomicU64, AtomicUsize};
 /// Entries in a table.
 pub(crate) const ENTRIES: usize = 512;
 
+/// What the entries of a freed table hold under the model checker: no walk may see it.
+pub(crate) const POISON: Spte = Spte::from_raw(0x0dea_d000_dead_0000);
+
 /// One entry of a table, shared with processors and other threads.
 #[derive(Debug)]
 #[repr(transparent)]
@@ -22,7 +25,11 @@ impl Cell {
     #[inline(always)]
     pub(crate) fn load(&self) -> Spte {
         point();
-        Spte::from_raw(self.0.load(Acquire))
+        let entry = Spte::from_raw(self.0.load(Acquire));
+        if cfg!(feature = "model") {
+            assert_ne!(entry, POISON, "a walk reached a freed table");
+        }
+        entry
     }
 
     /// Replaces `old` by `new`; on failure gives what stands there.
@@ -56,6 +63,11 @@ impl Cell {
                 Err(now) => old = now,
             }
         }
+    }
+
+    /// Empties the entry of a table that nobody else can see any more.
+    pub(crate) fn take_private(&self) -> Spte {
+        Spte::from_raw(self.0.swap(Spte::EMPTY.raw(), Relaxed))
     }
 
     /// Sets the entry of a table that nobody else can see yet.
@@ -219,9 +231,9 @@ impl TablePool {
     }
 
     pub(crate) fn free(&self, table: OwnedTable) {
-        // A stale walk must find nothing here, in builds that look for such walks.
-        if cfg!(any(debug_assertions, feature = "model")) {
-            table.page().fill(|_| Spte::FROZEN);
+        // The models look for walks that end up here.
+        if cfg!(feature = "model") {
+            table.page().fill(|_| POISON);
         }
         sync::lock(&self.inner).free.push(table.0);
         self.used.fetch_sub(1, Relaxed);

@@ -87,6 +87,12 @@ impl Processors for Idle {
     fn kick(&self, _: u32) {}
 }
 
+/// A place where another thread may run, under the model checker.
+pub fn point() {
+    #[cfg(feature = "model")]
+    shuttle::sync::atomic::AtomicBool::new(false).load(Ordering::SeqCst);
+}
+
 /// The hardware's way to EPT entries.
 pub struct HostTables;
 
@@ -99,10 +105,16 @@ impl TableMemory for HostTables {
         address: u64,
         _: Level,
     ) -> Result<(E, ()), std::convert::Infallible> {
+        point();
         // SAFETY: the MMU's tables hold addresses of its table pages, allocated while a processor
         // is in guest mode.
         let entry = unsafe { &*std::ptr::with_exposed_provenance::<AtomicU64>(address as usize) };
-        Ok((E::from_u64(entry.load(Ordering::Acquire)), ()))
+        let entry = entry.load(Ordering::Acquire);
+        assert_ne!(
+            entry, 0x0dea_d000_dead_0000,
+            "a processor reached a freed table"
+        );
+        Ok((E::from_u64(entry), ()))
     }
 
     fn compare_exchange<E: TableEntry>(
@@ -220,6 +232,11 @@ impl Cpu {
                 .handle_page_fault(&mut self.vcpu, Gpa::new(gpa), code);
             self.faults.push(result);
             assert!(self.faults.len() < 1000, "no progress: {result:?}");
+            // A retry waits for another thread.
+            #[cfg(feature = "model")]
+            if result == FaultResult::Retry {
+                shuttle::thread::yield_now();
+            }
             match result {
                 FaultResult::Fixed | FaultResult::Spurious | FaultResult::Retry => {}
                 other => return Outcome::Exit(other),

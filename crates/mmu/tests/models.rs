@@ -1,0 +1,319 @@
+//! The protocols under the model checker, and proof that it would notice.
+//!
+//! Each model runs under many schedules. Each has a mutant: the same model with one check or wait
+//! switched off, which some schedule must expose. `EPTIDE_MODEL_RUNS` sets the number of schedules.
+
+mod machine;
+
+use arch::addr::{Gfn, Hva};
+use arch::paging::{EptAccess, Level};
+use eptide_mmu::{
+    AddressSpace, Config, FaultResult, HostAccess, HostMemory, Mmu, Mutant, set_mutant,
+};
+use machine::{Cpu, Idle, Outcome, log_dirty, point, region};
+use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use shuttle::thread;
+use std::ops::Range;
+use std::panic::catch_unwind;
+use std::sync::{Arc, Mutex};
+
+/// Host memory that is always there; nothing touches it.
+struct Nowhere;
+impl HostMemory for Nowhere {
+    fn populate(&self, _: Range<Hva>, _: HostAccess) -> bool {
+        point();
+        true
+    }
+}
+
+const HVA: Hva = Hva::new(0x40_0000_0000);
+const NORMAL: AddressSpace = AddressSpace::Normal;
+const PAGE: u64 = 0x5000;
+
+fn mmu(config: Config) -> Arc<Mmu> {
+    Mmu::with_host(config, Arc::new(Idle), Box::new(Nowhere)).unwrap()
+}
+
+fn small() -> Config {
+    Config {
+        max_level: Level::PTE,
+        prefetch: 0,
+        ..Config::default()
+    }
+}
+
+/// How many times a schedule switches threads at the worst moment, for the scheduler that goes by
+/// priorities.
+const DEPTH: usize = 4;
+
+/// Mutants are a process-wide switch.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// Runs a model as it is, and with each mutant, which must fail.
+fn check(model: fn(), mutants: &[Mutant]) {
+    let _alone = ONE_AT_A_TIME
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner());
+    let runs = std::env::var("EPTIDE_MODEL_RUNS")
+        .ok()
+        .and_then(|n| n.parse().ok());
+    let runs = runs.unwrap_or(1500);
+    set_mutant(None);
+    shuttle::check_random(model, runs);
+    shuttle::check_pct(model, runs, DEPTH);
+    for &mutant in mutants {
+        set_mutant(Some(mutant));
+        let is_noticed = catch_unwind(|| shuttle::check_pct(model, 10 * runs, DEPTH)).is_err()
+            || catch_unwind(|| shuttle::check_random(model, 10 * runs)).is_err();
+        set_mutant(None);
+        assert!(is_noticed, "{mutant:?} was not noticed");
+    }
+}
+
+fn take(mmu: &Mmu) -> bool {
+    let mut words = [0];
+    mmu.dirty_log(NORMAL, 0, &mut words).unwrap();
+    words[0] >> (PAGE >> 12) & 1 == 1
+}
+
+/// Two vCPUs fault on one page, one to read and one to write. What the writer was granted must be
+/// what the tables say, or taking the log takes nothing from its processor.
+#[test]
+fn two_vcpus_fault_on_one_page() {
+    fn model() {
+        let mmu = mmu(small());
+        mmu.set_memory_region(&log_dirty(region(0, 0, 0x10000, HVA)))
+            .unwrap();
+        let mut writer = Cpu::new(&mmu, 0);
+        let mut reader = Cpu::new(&mmu, 1);
+        let other = thread::spawn(move || reader.read(PAGE));
+        let at = Outcome::Memory(HVA.get() + PAGE);
+        assert_eq!(writer.write(PAGE), at);
+        assert_eq!(other.join().unwrap(), at);
+        assert!(take(&mmu));
+        assert_eq!(writer.write(PAGE), at);
+        assert!(take(&mmu), "a write after the log was taken is in the next");
+        drop(writer);
+        mmu.zap_all();
+        assert_eq!(mmu.table_pages(), 0);
+    }
+    check(model, &[Mutant::BlindMap]);
+}
+
+/// A vCPU accesses memory that the VMM takes away: from the beginning of the invalidation to its
+/// end no access may get through.
+#[test]
+fn a_fault_races_with_an_invalidation() {
+    fn model(is_mapped: bool) {
+        let mmu = mmu(small());
+        mmu.set_memory_region(&region(0, 0, 0x10000, HVA)).unwrap();
+        let is_gone = Arc::new(AtomicBool::new(false));
+        let mut cpu = Cpu::new(&mmu, 0);
+        if is_mapped {
+            cpu.read(PAGE);
+        }
+        let guest = {
+            let is_gone = Arc::clone(&is_gone);
+            thread::spawn(move || {
+                for _ in 0..2 {
+                    cpu.access_with(PAGE, EptAccess::WRITE, |_| {
+                        (0..10).for_each(|_| point());
+                        assert!(!is_gone.load(SeqCst), "accessed memory that is gone");
+                    });
+                }
+            })
+        };
+        let hva = HVA.wrapping_add(PAGE);
+        let change = mmu.invalidate(hva..hva.wrapping_add(0x1000));
+        is_gone.store(true, SeqCst);
+        (0..60).for_each(|_| point());
+        is_gone.store(false, SeqCst);
+        drop(change);
+        guest.join().unwrap();
+    }
+    check(|| model(false), &[Mutant::NoSequenceCheck]);
+    check(|| model(true), &[Mutant::NoFlushWait]);
+}
+
+/// A vCPU forms a huge page over a table while another links a table into that table's children:
+/// the link must fail or be freed with the rest.
+#[test]
+fn a_fault_races_with_a_replaced_table() {
+    fn model() {
+        let mmu = mmu(Config {
+            max_level: Level::PDPTE,
+            prefetch: 0,
+            ..Config::default()
+        });
+        mmu.set_memory_region(&region(0, 0, 1 << 30, HVA)).unwrap();
+        let mut first = Cpu::new(&mmu, 0);
+        let mut second = Cpu::new(&mmu, 1);
+        // Tracked pages keep their blocks small and the gigabyte away.
+        let tracked = [Gfn::new(0x5), Gfn::new(0x205)];
+        tracked
+            .iter()
+            .for_each(|&gfn| mmu.track_writes(NORMAL, gfn).unwrap());
+        first.read(PAGE);
+        let other = thread::spawn(move || {
+            second.read(0x20_0000 + PAGE);
+        });
+        tracked
+            .iter()
+            .for_each(|&gfn| mmu.untrack_writes(NORMAL, gfn).unwrap());
+        first.write(PAGE);
+        other.join().unwrap();
+        drop(first);
+        mmu.zap_all();
+        assert_eq!(
+            mmu.table_pages(),
+            0,
+            "a table was linked into a dying one and lost"
+        );
+    }
+    check(model, &[Mutant::NoFreeze]);
+}
+
+/// A vCPU writes while the log is read: a write that the reader of the log can see is in the bits it
+/// took, or in the log by then.
+#[test]
+fn a_write_races_with_reading_the_log() {
+    fn model() {
+        let mmu = mmu(small());
+        mmu.set_memory_region(&log_dirty(region(0, 0, 0x10000, HVA)))
+            .unwrap();
+        let memory = Arc::new(AtomicU64::new(0));
+        let mut cpu = Cpu::new(&mmu, 0);
+        cpu.write(PAGE);
+        take(&mmu);
+        let guest = {
+            let memory = Arc::clone(&memory);
+            thread::spawn(move || {
+                for value in 1..=2 {
+                    cpu.access_with(PAGE, EptAccess::WRITE, |_| {
+                        point();
+                        memory.store(value, SeqCst);
+                    });
+                }
+            })
+        };
+        let mut seen = 0;
+        for _ in 0..2 {
+            let before = memory.load(SeqCst);
+            let is_dirty = take(&mmu);
+            assert!(
+                before <= seen || is_dirty,
+                "write {before} is not in the log taken after it"
+            );
+            seen = memory.load(SeqCst);
+            let mut words = [0];
+            mmu.dirty_log_keep(NORMAL, 0, &mut words).unwrap();
+            let is_logged = is_dirty || words[0] != 0;
+            assert!(
+                seen == before || is_logged,
+                "write {seen} is visible and not logged"
+            );
+        }
+        guest.join().unwrap();
+        assert!(
+            memory.load(SeqCst) == seen || take(&mmu),
+            "the last write is not in the last log"
+        );
+    }
+    check(model, &[Mutant::NoFastPathMark, Mutant::NoFlushWait]);
+}
+
+/// A vCPU stores to a device while a slot is put in its place and tables are reclaimed: each store
+/// reaches the device once or the memory once, and none the device once the slot is there.
+#[test]
+fn mmio_races_with_a_new_slot_and_reclaim() {
+    fn model() {
+        let mmu = mmu(small());
+        let is_memory = Arc::new(AtomicBool::new(false));
+        let mut cpu = Cpu::new(&mmu, 0);
+        let guest = {
+            let is_memory = Arc::clone(&is_memory);
+            thread::spawn(move || {
+                let (mut device, mut memory) = (0, 0);
+                for _ in 0..3 {
+                    let was_memory = is_memory.load(SeqCst);
+                    match cpu.write(PAGE) {
+                        Outcome::Memory(_) => memory += 1,
+                        Outcome::Exit(FaultResult::Mmio(_)) => {
+                            assert!(!was_memory, "a store to memory reached the device");
+                            device += 1;
+                        }
+                        other => panic!("{other:?}"),
+                    }
+                }
+                assert_eq!(device + memory, 3);
+            })
+        };
+        let zapper = {
+            let mmu = Arc::clone(&mmu);
+            thread::spawn(move || mmu.zap_gfns(Gfn::new(0)..Gfn::new(0x200)))
+        };
+        mmu.set_memory_region(&region(0, 0, 0x10000, HVA)).unwrap();
+        is_memory.store(true, SeqCst);
+        guest.join().unwrap();
+        zapper.join().unwrap();
+    }
+    check(model, &[Mutant::NoGenerationCheck]);
+}
+
+/// Tables are freed while a vCPU walks them: its processor in guest mode, its fast path and its MMIO
+/// lookups without a lock.
+#[test]
+fn tables_are_freed_under_lockless_walks() {
+    fn model() {
+        let mmu = mmu(small());
+        mmu.set_memory_region(&log_dirty(region(0, 0, 0x10000, HVA)))
+            .unwrap();
+        let mut cpu = Cpu::new(&mmu, 0);
+        cpu.write(PAGE);
+        cpu.write(0x10_0000);
+        take(&mmu);
+        let guest = thread::spawn(move || {
+            for _ in 0..2 {
+                assert_eq!(cpu.write(PAGE), Outcome::Memory(HVA.get() + PAGE));
+                assert!(matches!(
+                    cpu.write(0x10_0000),
+                    Outcome::Exit(FaultResult::Mmio(_))
+                ));
+            }
+        });
+        mmu.zap_gfns(Gfn::new(0)..Gfn::new(1 << 18));
+        mmu.zap_all();
+        guest.join().unwrap();
+    }
+    check(model, &[Mutant::FreeWithoutFlush]);
+}
+
+/// A slot is deleted under a vCPU: when the deletion returns, no access reaches its memory.
+#[test]
+fn deleting_a_slot_waits_for_its_last_access() {
+    fn model(is_mapped: bool) {
+        let mmu = mmu(small());
+        mmu.set_memory_region(&region(0, 0, 0x10000, HVA)).unwrap();
+        let is_gone = Arc::new(AtomicBool::new(false));
+        let mut cpu = Cpu::new(&mmu, 0);
+        if is_mapped {
+            cpu.read(PAGE);
+        }
+        let guest = {
+            let is_gone = Arc::clone(&is_gone);
+            thread::spawn(move || {
+                for _ in 0..2 {
+                    cpu.access_with(PAGE, EptAccess::WRITE, |_| {
+                        (0..10).for_each(|_| point());
+                        assert!(!is_gone.load(SeqCst), "accessed a slot that is gone");
+                    });
+                }
+            })
+        };
+        machine::delete(&mmu, 0).unwrap();
+        is_gone.store(true, SeqCst);
+        guest.join().unwrap();
+    }
+    check(|| model(false), &[]);
+    check(|| model(true), &[Mutant::NoFlushWait]);
+}
