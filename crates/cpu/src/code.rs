@@ -51,7 +51,6 @@ pub(crate) struct Block {
     /// Bytes of code.
     pub len: u16,
     hva: u64,
-    mode: CodeMode,
     bytes: Box<[u8]>,
     /// The last instruction's tail lies in the next linear page: nothing may be assumed about it.
     pub crosses: bool,
@@ -214,7 +213,6 @@ impl CodeCache {
             instructions,
             len: bytes.len() as u16,
             hva,
-            mode,
             bytes: bytes.into(),
             crosses,
             checked: self.epoch.max(page.epoch),
@@ -282,10 +280,5 @@ impl Block {
         for op in &self.ops {
             op.handler.set(stale);
         }
-    }
-
-    /// The code mode it was decoded in.
-    pub(crate) fn mode(&self) -> CodeMode {
-        self.mode
     }
 }

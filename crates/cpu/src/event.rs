@@ -5,7 +5,7 @@
 use crate::op::Stop;
 use crate::state::Gpr;
 use crate::vcpu::{Cause, Vcpu};
-use arch::control_registers::{BreakpointCondition, Cr0, Cr4, Dr6, Dr7, Rflags};
+use arch::control_registers::{BreakpointCondition, Cr4, Dr6, Dr7, Rflags};
 use arch::controls::Interruptibility;
 use arch::exception::{Class, Combined, Exception, combine};
 use arch::exit::{ExitReason, TaskSwitchSource, VmExit, task_switch_qualification};
@@ -648,13 +648,5 @@ impl Vcpu {
         let dr7 = self.state.dr7;
         dr7.bits() & Dr7::ENABLES != 0
             && (0..4).any(|n| dr7.enabled(n) && dr7.condition(n) == BreakpointCondition::Execute)
-    }
-
-    /// The fault that x87 and SIMD instructions raise while CR0 disables them.
-    pub(crate) fn check_fpu(&mut self) -> Result<(), Stop> {
-        if self.state.cr0.intersects(Cr0::EM | Cr0::TS) {
-            return Err(self.raise(Exception::DeviceNotAvailable));
-        }
-        Ok(())
     }
 }

@@ -48,8 +48,6 @@ const OWN: &[Feature] = &[
     Feature::CLFLUSHOPT,
     Feature::CLWB,
     Feature::UMIP,
-    Feature::PKU,
-    Feature::OSPKE,
     Feature::LA57,
     Feature::RDPID,
     Feature::FSRM,

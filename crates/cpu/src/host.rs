@@ -280,15 +280,24 @@ fn resume_point(rip: u64) -> Option<u64> {
     None
 }
 
-static mut PREVIOUS: [libc::sigaction; 2] =
+/// Faults of host accesses, and arithmetic faults of generated stubs.
+const SIGNALS: [libc::c_int; 3] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE];
+
+static mut PREVIOUS: [libc::sigaction; 3] =
     // SAFETY: an all-zero sigaction is the default action with an empty mask.
-    unsafe { [core::mem::zeroed(), core::mem::zeroed()] };
+    unsafe {
+        [
+            core::mem::zeroed(),
+            core::mem::zeroed(),
+            core::mem::zeroed(),
+        ]
+    };
 
 /// Installs the handler, once per process, in front of what handles the signals now.
 pub(crate) fn install_fault_handler() {
     static INSTALL: Once = Once::new();
     INSTALL.call_once(|| {
-        for (i, signal) in [libc::SIGSEGV, libc::SIGBUS].into_iter().enumerate() {
+        for (i, signal) in SIGNALS.into_iter().enumerate() {
             // SAFETY: the structures are valid for the call; PREVIOUS is written before the
             // handler that reads it can run for this signal, and never again.
             unsafe {
@@ -315,7 +324,10 @@ extern "C" fn on_fault(
         registers[libc::REG_RCX as usize] = 1;
         return;
     }
-    let which = usize::from(signal == libc::SIGBUS);
+    if signal == libc::SIGFPE && crate::vector::on_arithmetic_fault(registers) {
+        return;
+    }
+    let which = SIGNALS.iter().position(|s| *s == signal).unwrap_or(0);
     // SAFETY: written once before this handler was installed for the signal.
     let previous = unsafe { (&raw const PREVIOUS[which]).read() };
     match previous.sa_sigaction {

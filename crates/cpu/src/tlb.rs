@@ -262,13 +262,6 @@ impl Tlb {
             }
         }
     }
-
-    /// Forbids all fast writes until the entries are filled anew.
-    pub(crate) fn revoke_all_writes(&mut self) {
-        for entry in self.entries.iter_mut() {
-            entry.write = NO_TAG;
-        }
-    }
 }
 
 #[cfg(test)]

@@ -171,7 +171,7 @@ pub(crate) fn register_offset(register: Register) -> u8 {
 }
 
 /// A segment register's index; 6 (base zero, no checks) for none.
-fn segment_index(register: Register) -> u8 {
+pub(crate) fn segment_index(register: Register) -> u8 {
     match register {
         Register::ES => 0,
         Register::CS => 1,
