@@ -64,9 +64,13 @@ impl Mmu {
             let hva = self.accessible(slot, at, HostAccess::Write)?;
             let bytes = &bytes[done..done + part];
             let into = std::ptr::with_exposed_provenance_mut::<u8>(hva.get() as usize);
-            // SAFETY: as in `read_guest`, and the page takes writes.
-            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), into, part) };
-            self.mark_slot_dirty(slot, at.gfn());
+            {
+                // The log is taken under the exclusive lock: it sees the write with its mark.
+                let _shared = slot.logs_dirty().then(|| self.shared());
+                // SAFETY: as in `read_guest`, and the page takes writes.
+                unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), into, part) };
+                self.mark_slot_dirty(slot, at.gfn());
+            }
             self.report_write(space, slot, at, bytes);
             done += part;
         }

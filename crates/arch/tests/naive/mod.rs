@@ -377,7 +377,8 @@ pub fn translate_ept(
         execute &= bit(value, 2);
         user &= user_bit;
         let rights = ept_rights(read, write, execute, user);
-        if !any(value, 0, 2) && !(mbec && bit(value, 10)) {
+        let is_present = any(value, 0, 2) || mbec && bit(value, 10);
+        if !is_present {
             return EptVerdict::Violation { rights, level };
         }
         let misconfigured = EptVerdict::Misconfiguration { level };
