@@ -1,10 +1,52 @@
 //! KVM's object model and exit path in user space.
+//!
+//! The public API has the shape of `kvm-ioctls`: [`Kvm`], [`VmFd`], [`VcpuFd`], [`VcpuExit`], with
+//! `kvm-bindings` types and KVM's errno values. Underneath:
+//!
+//! ```text
+//! api/      the methods          capabilities   what KVM_CHECK_EXTENSION answers
+//! vm        what vCPUs share     vcpu           the loop of KVM_RUN
+//! exits/    what each VM exit leads to, by the exit table
+//! mmio, port_io, guest_walk      instructions that touch devices
+//! irqchip/  local APIC, I/O APIC, 8259, PIT, routing
+//! mailbox, timers, watch         how events reach a vCPU
+//! msrs, cpuid, clock, pv, regs   what software sees of the processor
+//! eventfd, coalesced             descriptors and rings in place of exits
+//! ```
+//!
+//! The processor is [`cpu`], memory is [`mmu`]; this crate joins them and knows neither's inside.
 
+mod api;
+mod capabilities;
+pub mod clock;
+mod coalesced;
+pub mod cpuid;
+mod debug;
 mod error;
 pub mod eventfd;
+mod events;
+mod exits;
+mod guest_walk;
 pub mod irqchip;
 pub mod mailbox;
+mod mmio;
+mod msr_filter;
+mod msrs;
+mod port_io;
+mod pv;
+mod regs;
+mod run_area;
 pub mod time;
 pub mod timers;
+mod traps;
+mod tsc_scaling;
+mod vcpu;
+mod vm;
+mod watch;
 
+pub use api::*;
+pub use capabilities::CAP_EXECUTION_TRAPS;
+pub use cpu::Observer;
 pub use error::{Error, Result};
+pub use traps::{EmulateExit, KVM_EXIT_EMULATE};
+pub use vcpu::interrupt_current_thread;

@@ -44,7 +44,7 @@ bitflags! {
         const TIMER = 1 << 9;
         /// Return to user space with EINTR.
         const INTERRUPT_RUN = 1 << 10;
-        /// Hand the vCPU's lock to another thread that wants it.
+        /// Look whether user space wants the vCPU back.
         const YIELD = 1 << 11;
         /// The routing of interrupts changed: recompute which EOIs leave for user space.
         const SCAN_IOAPIC = 1 << 12;
@@ -52,6 +52,10 @@ bitflags! {
         const VM_DEAD = 1 << 13;
         /// The MMU's root is to be loaded anew.
         const MMU_RELOAD = 1 << 14;
+        /// The MSR filter changed.
+        const MSR_FILTER = 1 << 17;
+        /// Ends a halt without an interrupt (paravirtual kick).
+        const UNHALT = 1 << 16;
         /// Execution traps changed: what runs now must be checked against them.
         const TRAPS_CHANGED = 1 << 15;
     }

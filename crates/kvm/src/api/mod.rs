@@ -1,0 +1,18 @@
+//! The public API, in the shape of `kvm-ioctls`: a VMM written for that crate changes an import.
+//!
+//! Method names, argument and result types are that crate's; each method does what the ioctl of
+//! the same name does. What is Eptide's own says so.
+
+mod cap;
+mod system;
+mod vcpu;
+mod vm;
+
+pub use cap::Cap;
+pub use system::Kvm;
+pub use vcpu::{
+    HypercallExit, Interrupter, MsrExitReason, ReadMsrExit, SyncReg, VcpuExit, VcpuFd, WriteMsrExit,
+};
+pub use vm::{
+    IoEventAddress, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, NoDatamatch, VmFd,
+};

@@ -1,0 +1,216 @@
+//! Events that wait to be injected, and events whose delivery was cut short.
+//!
+//! Source: SDM volume 3, "Event Injection" and "Information for VM Exits That Occur During Event
+//! Delivery".
+
+use arch::control_registers::Rflags;
+use arch::controls::Interruptibility;
+use arch::exception::{self, Combined, Exception};
+use arch::interruption::{InterruptionInfo, InterruptionType};
+use cpu::CpuState;
+
+/// An exception for the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PendingException {
+    pub(crate) vector: u8,
+    pub(crate) error_code: Option<u32>,
+    /// CR2 of a page fault, DR6 bits of a debug exception: applied at injection.
+    pub(crate) payload: Option<u64>,
+}
+
+/// An event in the form VM entry takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Injection {
+    pub(crate) info: InterruptionInfo,
+    pub(crate) error_code: u32,
+    pub(crate) instruction_length: u32,
+}
+
+/// What a vCPU owes its guest.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Events {
+    /// An exception not yet injected.
+    pub(crate) exception: Option<PendingException>,
+    /// An event that was injected or in delivery when the guest exited: it goes first.
+    pub(crate) again: Option<Injection>,
+    /// NMIs not yet injected.
+    pub(crate) nmis: u32,
+    /// An external interrupt that user space injected with KVM_INTERRUPT.
+    pub(crate) interrupt: Option<u8>,
+    /// The next entry shuts the processor down.
+    pub(crate) triple_fault: bool,
+}
+
+impl Events {
+    /// Queues an exception, combining it with one that waits already.
+    pub(crate) fn raise(&mut self, new: PendingException) {
+        let Some(old) = self.waiting_exception() else {
+            self.exception = Some(new);
+            return;
+        };
+        let class = |vector| Exception::from_vector(vector).map(Exception::class);
+        let (Some(first), Some(second)) = (class(old), class(new.vector)) else {
+            self.exception = Some(new);
+            return;
+        };
+        self.again = None;
+        match exception::combine(first, second) {
+            Combined::Second => self.exception = Some(new),
+            Combined::DoubleFault => {
+                self.exception = Some(PendingException {
+                    vector: Exception::DoubleFault.vector(),
+                    error_code: Some(0),
+                    payload: None,
+                });
+            }
+            Combined::TripleFault => {
+                self.exception = None;
+                self.triple_fault = true;
+            }
+        }
+    }
+
+    /// The exception that waits or was being delivered.
+    fn waiting_exception(&self) -> Option<u8> {
+        let again = self
+            .again
+            .filter(|e| e.info.kind() == InterruptionType::HardwareException);
+        self.exception
+            .map(|e| e.vector)
+            .or(again.map(|e| e.info.vector()))
+    }
+
+    /// Takes over an event whose delivery ended in an exit.
+    pub(crate) fn cut_short(&mut self, info: InterruptionInfo, error_code: u32, length: u32) {
+        if !info.is_valid() {
+            return;
+        }
+        let info = InterruptionInfo(info.0 & !InterruptionInfo::NMI_UNBLOCKING);
+        self.again = Some(Injection {
+            info,
+            error_code,
+            instruction_length: length,
+        });
+    }
+
+    /// Whether anything but maskable interrupts waits.
+    pub(crate) fn any(&self) -> bool {
+        self.exception.is_some() || self.again.is_some() || self.nmis != 0 || self.triple_fault
+    }
+}
+
+/// The injection of an exception.
+pub(crate) fn exception_injection(e: &PendingException) -> Injection {
+    // #BP and #OF that come from no instruction here are still software exceptions, of length
+    // one, as KVM injects them.
+    let software = matches!(e.vector, 3 | 4);
+    let kind = if software {
+        InterruptionType::SoftwareException
+    } else {
+        InterruptionType::HardwareException
+    };
+    Injection {
+        info: InterruptionInfo::new(kind, e.vector, e.error_code.is_some()),
+        error_code: e.error_code.unwrap_or(0),
+        instruction_length: software as u32,
+    }
+}
+
+/// Whether an exception is a fault, whose saved RFLAGS have RF set so that its instruction can be
+/// restarted past an instruction breakpoint.
+pub(crate) fn is_fault(vector: u8) -> bool {
+    let trap_or_abort = matches!(vector, 1 | 2 | 3 | 4 | 8 | 18);
+    !trap_or_abort
+}
+
+/// The injection of a non-maskable interrupt.
+pub(crate) fn nmi_injection() -> Injection {
+    let info = InterruptionInfo::new(InterruptionType::Nmi, Exception::Nmi.vector(), false);
+    Injection {
+        info,
+        ..Injection::default()
+    }
+}
+
+/// The injection of an external interrupt.
+pub(crate) fn interrupt_injection(vector: u8) -> Injection {
+    let info = InterruptionInfo::new(InterruptionType::ExternalInterrupt, vector, false);
+    Injection {
+        info,
+        ..Injection::default()
+    }
+}
+
+/// Whether the guest can take a maskable interrupt before its next instruction.
+pub(crate) fn interrupts_open(state: &CpuState) -> bool {
+    state.rflags() & Rflags::IF.bits() != 0
+        && !state
+            .interruptibility
+            .intersects(Interruptibility::STI | Interruptibility::MOV_SS)
+}
+
+/// Whether the guest can take an NMI before its next instruction.
+pub(crate) fn nmis_open(state: &CpuState) -> bool {
+    let blocking = Interruptibility::STI | Interruptibility::MOV_SS | Interruptibility::NMI;
+    !state.interruptibility.intersects(blocking)
+}
+
+/// Applies an exception's payload to the registers, as its delivery would.
+pub(crate) fn apply_payload(state: &mut CpuState, e: &PendingException) {
+    use arch::control_registers::{Dr6, Dr7};
+    let Some(payload) = e.payload else { return };
+    match Exception::from_vector(e.vector) {
+        Some(Exception::PageFault) => state.cr2 = payload,
+        Some(Exception::Debug) => {
+            let kept = state.dr6.bits() & !0xf;
+            state.dr6 = Dr6::from_bits_retain(kept | payload | Dr6::FIXED_1);
+            state.dr7.remove(Dr7::GD);
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fault(vector: u8) -> PendingException {
+        PendingException {
+            vector,
+            error_code: Some(0),
+            payload: None,
+        }
+    }
+
+    #[test]
+    fn faults_combine() {
+        let mut events = Events::default();
+        events.raise(fault(13));
+        events.raise(fault(14));
+        assert_eq!(events.exception, Some(fault(14)));
+        events.raise(fault(13));
+        assert_eq!(events.exception, Some(fault(8)));
+        events.raise(fault(13));
+        assert!(events.triple_fault && events.exception.is_none());
+    }
+
+    #[test]
+    fn a_fault_in_delivery_counts() {
+        let mut events = Events::default();
+        let info = InterruptionInfo::new(InterruptionType::HardwareException, 13, true);
+        events.cut_short(info, 0x10, 0);
+        events.raise(fault(13));
+        assert_eq!(events.exception, Some(fault(8)));
+        assert!(events.again.is_none());
+    }
+
+    #[test]
+    fn windows() {
+        let mut state = CpuState::reset();
+        assert!(!interrupts_open(&state) && nmis_open(&state));
+        state.set_rflags(0x202);
+        assert!(interrupts_open(&state));
+        state.interruptibility = Interruptibility::STI;
+        assert!(!interrupts_open(&state) && !nmis_open(&state));
+    }
+}

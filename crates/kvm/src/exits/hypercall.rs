@@ -1,0 +1,133 @@
+//! Hypercalls (VMCALL): the paravirtual calls of KVM's guests.
+//!
+//! Source: the kernel's "Linux KVM Hypercall".
+
+use super::Outcome;
+use crate::cpuid::pv;
+use crate::irqchip::message::{DeliveryMode, Message, Shorthand};
+use crate::vcpu::{Completion, Core, Vcpu};
+use arch::exit::VmExit;
+use cpu::Gpr;
+use kvm_bindings::*;
+
+const VAPIC_POLL_IRQ: u64 = 1;
+const KICK_CPU: u64 = 5;
+const SEND_IPI: u64 = 10;
+const SCHED_YIELD: u64 = 11;
+const MAP_GPA_RANGE: u64 = 12;
+
+/// What a hypercall returns in RAX, negated.
+mod error {
+    pub(super) const NO_SYSTEM_CALL: i64 = 1000;
+    pub(super) const NOT_PERMITTED: i64 = 1;
+    pub(super) const INVALID: i64 = 22;
+}
+
+/// Length of VMCALL.
+const VMCALL: u64 = 3;
+
+pub(super) fn vmcall(core: &mut Core, vcpu: &Vcpu, _exit: &VmExit) -> Outcome {
+    core.counters.hypercalls += 1;
+    let wide = core.is_64bit();
+    let state = &core.cpu.state;
+    let argument = |register| {
+        let value = state.gpr(register);
+        if wide { value } else { value & 0xffff_ffff }
+    };
+    let number = argument(Gpr::Rax);
+    let arguments = [Gpr::Rbx, Gpr::Rcx, Gpr::Rdx, Gpr::Rsi].map(argument);
+    if state.cpl() != 0 {
+        return finish(core, -error::NOT_PERMITTED);
+    }
+    if number == MAP_GPA_RANGE && vcpu.vm().settings().exit_hypercalls >> number & 1 != 0 {
+        return exit_to_user(core, vcpu, number, arguments, wide);
+    }
+    let result = execute(core, vcpu, number, arguments);
+    finish(core, result)
+}
+
+fn execute(core: &mut Core, vcpu: &Vcpu, number: u64, arguments: [u64; 4]) -> i64 {
+    let offered = |feature| core.cpuid.paravirtual() & feature != 0;
+    match number {
+        VAPIC_POLL_IRQ => 0,
+        KICK_CPU if offered(pv::PV_UNHALT) => kick(vcpu, arguments[1] as u32),
+        SEND_IPI if offered(pv::PV_SEND_IPI) => send_ipis(vcpu, arguments),
+        SCHED_YIELD if offered(pv::PV_SCHED_YIELD) => {
+            std::thread::yield_now();
+            0
+        }
+        _ => -error::NO_SYSTEM_CALL,
+    }
+}
+
+/// Ends a halt of the processor with an APIC ID. A guest that halts for a lock re-checks it when
+/// it wakes, so an interrupt-less wake-up is all there is to it.
+fn kick(vcpu: &Vcpu, apic_id: u32) -> i64 {
+    let Some(chip) = vcpu.vm().irqchip() else {
+        return -error::NO_SYSTEM_CALL;
+    };
+    let all = chip.apics().all();
+    if let Some(apic) = all.iter().find(|apic| apic.id() == apic_id) {
+        apic.mailbox().post(crate::mailbox::Request::UNHALT);
+    }
+    0
+}
+
+/// Sends a fixed interrupt to each APIC whose bit is set in a 128-bit map from an ID on.
+fn send_ipis(vcpu: &Vcpu, [low, high, first, icr]: [u64; 4]) -> i64 {
+    let Some(chip) = vcpu.vm().irqchip() else {
+        return -error::NO_SYSTEM_CALL;
+    };
+    let mode = DeliveryMode::from_bits((icr >> 8) as u32);
+    if !matches!(mode, DeliveryMode::Fixed | DeliveryMode::Nmi) {
+        return -error::INVALID;
+    }
+    let map = low as u128 | (high as u128) << 64;
+    let targets = (0..128u32).filter(|bit| map >> bit & 1 != 0);
+    let mut sent = 0;
+    for bit in targets {
+        let message = Message {
+            destination: (first as u32).wrapping_add(bit),
+            logical: false,
+            shorthand: Shorthand::None,
+            mode,
+            vector: icr as u8,
+            level: false,
+            assert: true,
+            wide: true,
+        };
+        sent += chip.apics().deliver(&message, None).status().max(0) as i64;
+    }
+    sent
+}
+
+fn exit_to_user(core: &mut Core, vcpu: &Vcpu, nr: u64, arguments: [u64; 4], wide: bool) -> Outcome {
+    let mut hypercall = kvm_run__bindgen_ty_1__bindgen_ty_8 {
+        nr,
+        ..Default::default()
+    };
+    hypercall.args[..4].copy_from_slice(&arguments);
+    hypercall.__bindgen_anon_1.longmode = wide as u32;
+    let run = vcpu.kvm_run(core);
+    run.exit_reason = KVM_EXIT_HYPERCALL;
+    run.__bindgen_anon_1.hypercall = hypercall;
+    core.completion = Some(Completion::Hypercall);
+    Outcome::Exit
+}
+
+pub(super) fn complete(core: &mut Core, vcpu: &Vcpu) -> Outcome {
+    // SAFETY: the exit that this completes filled this member, and every bit pattern is valid.
+    let result = unsafe { vcpu.kvm_run(core).__bindgen_anon_1.hypercall.ret };
+    finish(core, result as i64)
+}
+
+fn finish(core: &mut Core, result: i64) -> Outcome {
+    let result = if core.is_64bit() {
+        result as u64
+    } else {
+        result as u32 as u64
+    };
+    core.cpu.state.set_gpr(Gpr::Rax, result);
+    core.skip_bytes(VMCALL);
+    Outcome::Resume
+}

@@ -1,0 +1,198 @@
+//! EPT violations and misconfigurations.
+
+use super::{Outcome, internal_error, unknown};
+use crate::mmio;
+use crate::vcpu::{Core, Vcpu};
+use arch::addr::Gpa;
+use arch::controls::Interruptibility;
+use arch::exit::{EptViolation, VmExit};
+use arch::page_fault::ErrorCode;
+use kvm_bindings::*;
+use mmu::{FaultError, FaultResult};
+
+pub(super) fn ept_violation(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
+    core.counters.page_faults += 1;
+    let qualification = EptViolation::from_bits_retain(exit.qualification);
+    let delivering = exit.idt_vectoring_info.is_valid();
+    if !delivering && qualification.contains(EptViolation::NMI_UNBLOCKING) {
+        // The IRET that unblocked NMIs will be executed again: until then they stay blocked.
+        core.cpu.state.interruptibility |= Interruptibility::NMI;
+    }
+    let linear = qualification.contains(EptViolation::LINEAR_VALID);
+    if qualification.contains(EptViolation::FINAL) && !linear {
+        return unknown(core, vcpu, exit);
+    }
+    let code = error_code(qualification);
+    resolve(core, vcpu, exit, code)
+}
+
+/// The page-fault error code that an exit qualification amounts to.
+fn error_code(qualification: EptViolation) -> ErrorCode {
+    let rights = EptViolation::READABLE | EptViolation::WRITABLE | EptViolation::EXECUTABLE;
+    let linear = qualification.contains(EptViolation::LINEAR_VALID);
+    let is_final = qualification.contains(EptViolation::FINAL);
+    let mut code = ErrorCode::empty();
+    code.set(ErrorCode::USER, qualification.contains(EptViolation::READ));
+    code.set(
+        ErrorCode::WRITE,
+        qualification.contains(EptViolation::WRITE),
+    );
+    code.set(
+        ErrorCode::FETCH,
+        qualification.contains(EptViolation::FETCH),
+    );
+    code.set(ErrorCode::PRESENT, qualification.intersects(rights));
+    code.set(ErrorCode::GUEST_FINAL, linear && is_final);
+    code.set(ErrorCode::GUEST_PAGE, linear && !is_final);
+    code
+}
+
+pub(super) fn ept_misconfiguration(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
+    let gpa = exit.guest_physical_address;
+    if exit.instruction_length != 0
+        && !exit.idt_vectoring_info.is_valid()
+        && vcpu.vm().ioeventfds.signal_fast(gpa)
+    {
+        core.skip(exit);
+        return Outcome::Resume;
+    }
+    resolve(core, vcpu, exit, ErrorCode::RSVD)
+}
+
+/// Asks the MMU.
+fn resolve(core: &mut Core, vcpu: &Vcpu, exit: &VmExit, code: ErrorCode) -> Outcome {
+    let gpa = Gpa::new(exit.guest_physical_address);
+    let result = vcpu.vm().mmu.handle_page_fault(&mut core.mmu, gpa, code);
+    fault_outcome(core, vcpu, exit, result)
+}
+
+/// The error code of an EPT violation.
+pub(crate) fn violation_code(exit: &VmExit) -> ErrorCode {
+    error_code(EptViolation::from_bits_retain(exit.qualification))
+}
+
+/// Does what the MMU's verdict on a fault asks for.
+pub(crate) fn fault_outcome(
+    core: &mut Core,
+    vcpu: &Vcpu,
+    exit: &VmExit,
+    result: FaultResult,
+) -> Outcome {
+    let gpa = Gpa::new(exit.guest_physical_address);
+    match result {
+        FaultResult::Fixed | FaultResult::Spurious | FaultResult::Retry => Outcome::Resume,
+        FaultResult::Mmio(access) => {
+            if exit.idt_vectoring_info.is_valid() {
+                return delivery_failed(core, vcpu, exit);
+            }
+            mmio::emulate(core, vcpu, hint(exit, access.gpa))
+        }
+        FaultResult::WriteProtected => mmio::emulate(core, vcpu, hint(exit, gpa)),
+        FaultResult::ExecuteTrap => crate::traps::exit(core, vcpu, exit),
+        FaultResult::FetchFromHole => emulation_failure(core, vcpu),
+        FaultResult::Invalid => {
+            internal_error(
+                core,
+                vcpu,
+                KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON,
+                &[exit.reason as u64, vcpu.id() as u64],
+            );
+            Outcome::Fail(libc::EINVAL)
+        }
+        FaultResult::Error(error) => fault_error(core, vcpu, error),
+    }
+}
+
+/// The linear address that goes with a guest-physical one, where the exit tells.
+fn hint(exit: &VmExit, gpa: Gpa) -> Option<cpu::MmioHint> {
+    (exit.guest_linear_address != 0).then(|| cpu::MmioHint {
+        gva: exit.guest_linear_address,
+        gpa: gpa.get(),
+    })
+}
+
+#[cold]
+fn fault_error(core: &mut Core, vcpu: &Vcpu, error: FaultError) -> Outcome {
+    tracing::debug!(vcpu = vcpu.id(), %error, "guest memory fault");
+    match error {
+        FaultError::OutOfTables => Outcome::Fail(libc::ENOMEM),
+        FaultError::HostMemory { gpa, .. } => memory_fault(core, vcpu, gpa.page_base(), 4096),
+        _ => Outcome::Fail(libc::EFAULT),
+    }
+}
+
+/// KVM_EXIT_MEMORY_FAULT, which goes with EFAULT.
+fn memory_fault(core: &mut Core, vcpu: &Vcpu, gpa: Gpa, size: u64) -> Outcome {
+    let run = vcpu.kvm_run(core);
+    run.exit_reason = KVM_EXIT_MEMORY_FAULT;
+    run.__bindgen_anon_1.memory_fault = kvm_run__bindgen_ty_1__bindgen_ty_27 {
+        flags: 0,
+        gpa: gpa.get(),
+        size,
+    };
+    Outcome::Fail(libc::EFAULT)
+}
+
+/// MMIO while an event was being delivered: stack or descriptor tables are not in memory.
+#[cold]
+fn delivery_failed(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
+    let data = [
+        exit.idt_vectoring_info.0 as u64,
+        exit.reason as u64,
+        exit.qualification,
+        exit.guest_physical_address,
+        vcpu.id() as u64,
+    ];
+    internal_error(core, vcpu, KVM_INTERNAL_ERROR_DELIVERY_EV, &data)
+}
+
+/// An instruction that cannot be emulated: KVM_EXIT_INTERNAL_ERROR with its bytes.
+#[cold]
+pub(crate) fn emulation_failure(core: &mut Core, vcpu: &Vcpu) -> Outcome {
+    core.counters.emulation_failures += 1;
+    let (bytes, length) = core.instruction_bytes(vcpu);
+    let state = &core.cpu.state;
+    tracing::warn!(
+        vcpu = vcpu.id(),
+        rip = format_args!("{:#x}", state.rip),
+        bytes = format_args!("{:02x?}", &bytes[..length]),
+        "emulation failure"
+    );
+    let run = vcpu.kvm_run(core);
+    run.exit_reason = KVM_EXIT_INTERNAL_ERROR;
+    let mut failure = kvm_run__bindgen_ty_1__bindgen_ty_14 {
+        suberror: KVM_INTERNAL_ERROR_EMULATION,
+        // Flags, then the size and bytes of the instruction: three words of data.
+        ndata: if length == 0 { 1 } else { 3 },
+        flags: if length == 0 {
+            0
+        } else {
+            KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES as u64
+        },
+        ..Default::default()
+    };
+    // SAFETY: the union has one member, of plain data.
+    let instruction = unsafe { &mut failure.__bindgen_anon_1.__bindgen_anon_1 };
+    instruction.insn_size = length as u8;
+    instruction.insn_bytes = bytes;
+    run.__bindgen_anon_1.emulation_failure = failure;
+    Outcome::Exit
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn qualifications_become_error_codes() {
+        let write = EptViolation::WRITE
+            | EptViolation::READABLE
+            | EptViolation::LINEAR_VALID
+            | EptViolation::FINAL;
+        let expected = ErrorCode::WRITE | ErrorCode::PRESENT | ErrorCode::GUEST_FINAL;
+        assert_eq!(error_code(write), expected);
+        let table = EptViolation::READ | EptViolation::LINEAR_VALID;
+        assert_eq!(error_code(table), ErrorCode::USER | ErrorCode::GUEST_PAGE);
+        assert_eq!(error_code(EptViolation::FETCH), ErrorCode::FETCH);
+    }
+}

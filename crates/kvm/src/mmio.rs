@@ -1,0 +1,362 @@
+//! MMIO: instructions whose memory is a device.
+//!
+//! The processor emulates the instruction and asks [`MmioBus`] for every access that memory does
+//! not take. Devices in this process answer at once. For a read that user space must answer the
+//! instruction is abandoned without effect and KVM_RUN returns; the next KVM_RUN adds the answer
+//! and has the instruction emulated anew, with all earlier answers given again in order. So no
+//! device is read twice. Writes are collected and made when the instruction is complete, in order,
+//! so none is made twice either.
+//!
+//! User space sees fragments of at most 8 bytes.
+
+use crate::eventfd::IoSpace;
+use crate::exits::{self, Outcome, emulation_failure};
+use crate::irqchip::lapic::LocalApic;
+use crate::vcpu::{Completion, Core, Vcpu};
+use crate::vm::Vm;
+use arch::addr::Gpa;
+use arch::exit::{ExitReason, VmExit};
+use arch::page_fault::ErrorCode;
+use cpu::{Bus, BusResponse, Emulated, MmioHint};
+use kvm_bindings::{KVM_EXIT_MMIO, kvm_run__bindgen_ty_1__bindgen_ty_6};
+use mmu::AddressSpace;
+use std::collections::VecDeque;
+
+/// The widest access that user space sees at once.
+const FRAGMENT: usize = 8;
+
+/// An access of an instruction being emulated.
+#[derive(Clone, Debug)]
+struct Transfer {
+    gpa: u64,
+    data: Vec<u8>,
+}
+
+impl Transfer {
+    fn new(gpa: u64, data: &[u8]) -> Transfer {
+        Transfer {
+            gpa,
+            data: data.to_vec(),
+        }
+    }
+}
+
+/// An instruction that waits for user space.
+#[derive(Debug, Default)]
+pub(crate) struct Emulation {
+    hint: Option<(u64, u64)>,
+    /// Reads answered so far.
+    answered: Vec<Transfer>,
+    /// The read that user space is answering, and how many of its bytes it has.
+    asking: Option<(Transfer, usize)>,
+    /// Writes that the completed instruction made, and how many bytes of the first are done.
+    writes: VecDeque<Transfer>,
+    written: usize,
+}
+
+impl Emulation {
+    fn hint(&self) -> Option<MmioHint> {
+        self.hint.map(|(gva, gpa)| MmioHint { gva, gpa })
+    }
+}
+
+/// The accesses of one instruction.
+struct MmioBus<'a> {
+    vm: &'a Vm,
+    apic: Option<&'a LocalApic>,
+    space: AddressSpace,
+    answered: &'a mut Vec<Transfer>,
+    next_answer: usize,
+    asking: Option<Transfer>,
+    writes: Vec<Transfer>,
+}
+
+impl MmioBus<'_> {
+    /// What memory or a device in this process answers.
+    fn read_here(&self, gpa: u64, data: &mut [u8]) -> bool {
+        if let Some(apic) = self.apic.filter(|apic| apic.decodes(gpa)) {
+            read_register(gpa, data, |offset| apic.read(offset).unwrap_or(0));
+            return true;
+        }
+        if let Some(chip) = self.vm.irqchip()
+            && let Some(value) = chip.read_ioapic(gpa & !3)
+        {
+            read_register(gpa, data, |_| value);
+            return true;
+        }
+        self.vm
+            .mmu
+            .read_guest(self.space, Gpa::new(gpa), data)
+            .is_ok()
+    }
+}
+
+/// Reads part of a 32-bit register whose 16-byte slot holds `gpa`.
+fn read_register(gpa: u64, data: &mut [u8], read: impl Fn(u32) -> u32) {
+    data.fill(0);
+    let within = (gpa & 0xf) as usize;
+    if within + data.len() > 4 {
+        return;
+    }
+    let value = read((gpa & 0xff0) as u32).to_le_bytes();
+    data.copy_from_slice(&value[within..within + data.len()]);
+}
+
+impl Bus for MmioBus<'_> {
+    fn read(&mut self, gpa: u64, data: &mut [u8]) -> BusResponse {
+        if let Some(answer) = self.answered.get(self.next_answer) {
+            self.next_answer += 1;
+            // The same instruction asks for the same: its code and registers have not changed.
+            if answer.gpa != gpa || answer.data.len() != data.len() {
+                return BusResponse::Fault;
+            }
+            data.copy_from_slice(&answer.data);
+            return BusResponse::Done;
+        }
+        if !self.read_here(gpa, data) {
+            self.asking = Some(Transfer::new(gpa, data));
+            return BusResponse::Later;
+        }
+        self.answered.push(Transfer::new(gpa, data));
+        self.next_answer += 1;
+        BusResponse::Done
+    }
+
+    fn write(&mut self, gpa: u64, data: &[u8]) -> BusResponse {
+        self.writes.push(Transfer::new(gpa, data));
+        BusResponse::Done
+    }
+}
+
+/// Emulates the instruction at RIP, which accesses MMIO or a write-protected page.
+pub(crate) fn emulate(core: &mut Core, vcpu: &Vcpu, hint: Option<MmioHint>) -> Outcome {
+    core.emulation = Emulation {
+        hint: hint.map(|h| (h.gva, h.gpa)),
+        ..Emulation::default()
+    };
+    advance(core, vcpu, None)
+}
+
+/// Executes the instruction at RIP, whatever it accesses, with `observer` watching. An instruction
+/// that waits for user space goes on with what it has.
+pub(crate) fn step(core: &mut Core, vcpu: &Vcpu, observer: &mut dyn cpu::Observer) -> Outcome {
+    if let Some(completion) = core.completion.take() {
+        return exits::complete(core, vcpu, completion);
+    }
+    core.emulation = Emulation::default();
+    advance(core, vcpu, Some(observer))
+}
+
+/// Emulates with the answers there are, until the instruction is done or needs user space.
+fn advance(core: &mut Core, vcpu: &Vcpu, mut observer: Option<&mut dyn cpu::Observer>) -> Outcome {
+    /// An instruction touches few pages; more faults than this in a row are a livelock with
+    /// something that keeps unmapping, and the guest may as well start over.
+    const FAULTS: usize = 64;
+    for _ in 0..FAULTS {
+        match core.load(vcpu) {
+            Ok(eptp) => core.controls.eptp = eptp,
+            Err(outcome) => return outcome,
+        }
+        if !core.pass_gate() {
+            continue;
+        }
+        core.controls.interruption_info = Default::default();
+        let mut answered = std::mem::take(&mut core.emulation.answered);
+        let mut bus = MmioBus {
+            vm: vcpu.vm(),
+            apic: vcpu.apic().map(|apic| &**apic),
+            space: core.mmu.address_space(),
+            answered: &mut answered,
+            next_answer: 0,
+            asking: None,
+            writes: Vec::new(),
+        };
+        let result = match &mut observer {
+            Some(observer) => core.cpu.step(&core.controls, &mut bus, &mut **observer),
+            None => core
+                .cpu
+                .emulate(&core.controls, core.emulation.hint(), &mut bus),
+        };
+        let (asking, writes) = (bus.asking, bus.writes);
+        core.mmu.gate().exit();
+        core.emulation.answered = answered;
+        match result {
+            Emulated::Done => {
+                core.counters.instructions_emulated += 1;
+                core.emulation.answered.clear();
+                core.emulation.writes = writes.into();
+                return drain_writes(core, vcpu);
+            }
+            Emulated::Later => {
+                let Some(asking) = asking else {
+                    return emulation_failure(core, vcpu);
+                };
+                core.emulation.asking = Some((asking, 0));
+                return ask(core, vcpu);
+            }
+            Emulated::Exit(exit) => match nested_exit(core, vcpu, &exit) {
+                Some(outcome) => return outcome,
+                None => continue,
+            },
+            Emulated::Unhandled => return emulation_failure(core, vcpu),
+            Emulated::BusFault => return Outcome::Fail(libc::EFAULT),
+        }
+    }
+    Outcome::Resume
+}
+
+/// An exit in the middle of emulation: `None` if it was a page that is mapped now (or known to be
+/// a device), so that the instruction can go on with the answers it has.
+fn nested_exit(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Option<Outcome> {
+    use mmu::FaultResult as R;
+    let code = match exit.reason {
+        ExitReason::EptViolation => exits::violation_code(exit),
+        ExitReason::EptMisconfiguration => ErrorCode::RSVD,
+        _ => return Some(exits::handle(core, vcpu, exit)),
+    };
+    let gpa = Gpa::new(exit.guest_physical_address);
+    match vcpu.vm().mmu.handle_page_fault(&mut core.mmu, gpa, code) {
+        R::Fixed | R::Spurious | R::Retry | R::Mmio(_) | R::WriteProtected => None,
+        other => Some(exits::fault_outcome(core, vcpu, exit, other)),
+    }
+}
+
+/// KVM_EXIT_MMIO for the next fragment of a read.
+fn ask(core: &mut Core, vcpu: &Vcpu) -> Outcome {
+    let Some((transfer, done)) = &core.emulation.asking else {
+        return Outcome::Resume;
+    };
+    let length = (transfer.data.len() - done).min(FRAGMENT);
+    let gpa = transfer.gpa + *done as u64;
+    exit_mmio(core, vcpu, gpa, length, None);
+    core.completion = Some(Completion::MmioRead);
+    Outcome::Exit
+}
+
+fn exit_mmio(core: &mut Core, vcpu: &Vcpu, gpa: u64, length: usize, write: Option<&[u8]>) {
+    core.counters.mmio_exits += 1;
+    let mut mmio = kvm_run__bindgen_ty_1__bindgen_ty_6 {
+        phys_addr: gpa,
+        data: [0; 8],
+        len: length as u32,
+        is_write: write.is_some() as u8,
+    };
+    if let Some(data) = write {
+        mmio.data[..length].copy_from_slice(data);
+    }
+    let run = vcpu.kvm_run(core);
+    run.exit_reason = KVM_EXIT_MMIO;
+    run.__bindgen_anon_1.mmio = mmio;
+}
+
+/// User space has answered a fragment of a read.
+pub(crate) fn complete_read(core: &mut Core, vcpu: &Vcpu) -> Outcome {
+    // SAFETY: the exit that this completes filled this member, and every bit pattern is valid.
+    let data = unsafe { vcpu.kvm_run(core).__bindgen_anon_1.mmio.data };
+    let Some((transfer, done)) = core.emulation.asking.as_mut() else {
+        return Outcome::Resume;
+    };
+    let length = (transfer.data.len() - *done).min(FRAGMENT);
+    transfer.data[*done..*done + length].copy_from_slice(&data[..length]);
+    *done += length;
+    if *done < transfer.data.len() {
+        return ask(core, vcpu);
+    }
+    if let Some((answer, _)) = core.emulation.asking.take() {
+        core.emulation.answered.push(answer);
+    }
+    advance(core, vcpu, None)
+}
+
+/// User space has taken a fragment of a write.
+pub(crate) fn complete_write(core: &mut Core, vcpu: &Vcpu) -> Outcome {
+    drain_writes(core, vcpu)
+}
+
+/// Makes the collected writes, up to one that user space must take.
+fn drain_writes(core: &mut Core, vcpu: &Vcpu) -> Outcome {
+    while let Some(write) = core.emulation.writes.front().cloned() {
+        let done = core.emulation.written;
+        if done == 0 {
+            match write_here(core, vcpu, &write) {
+                Ok(true) => {
+                    core.emulation.writes.pop_front();
+                    continue;
+                }
+                Ok(false) => {}
+                Err(outcome) => return outcome,
+            }
+        }
+        let length = (write.data.len() - done).min(FRAGMENT);
+        let gpa = write.gpa + done as u64;
+        let fragment = &write.data[done..done + length];
+        let coalesced = vcpu.vm().coalesced.push(IoSpace::Memory, gpa, fragment);
+        if !coalesced {
+            exit_mmio(core, vcpu, gpa, length, Some(fragment));
+        }
+        core.emulation.written += length;
+        if core.emulation.written == write.data.len() {
+            core.emulation.writes.pop_front();
+            core.emulation.written = 0;
+        }
+        if !coalesced {
+            core.completion = Some(Completion::MmioWrite);
+            return Outcome::Exit;
+        }
+    }
+    Outcome::Resume
+}
+
+/// Gives a write to memory or a device in this process; false if it is user space's.
+fn write_here(core: &mut Core, vcpu: &Vcpu, write: &Transfer) -> Result<bool, Outcome> {
+    let (vm, gpa, data) = (vcpu.vm(), write.gpa, &write.data[..]);
+    let register = |data: &[u8]| {
+        let mut value = [0; 4];
+        let length = data.len().min(4);
+        value[..length].copy_from_slice(&data[..length]);
+        u32::from_le_bytes(value)
+    };
+    if let Some(apic) = vcpu.apic().filter(|apic| apic.decodes(gpa)) {
+        // Registers are written with aligned 32-bit stores; others do nothing.
+        if gpa & 0xf == 0 && data.len() >= 4 {
+            let effect = apic.write((gpa & 0xff0) as u32, register(data));
+            vcpu.apply(core, effect.unwrap_or(crate::irqchip::lapic::Effect::None));
+        }
+        return Ok(true);
+    }
+    if let Some(chip) = vm.irqchip()
+        && chip.write_ioapic(gpa, register(data))
+    {
+        return Ok(true);
+    }
+    if vm.ioeventfds.signal(IoSpace::Memory, gpa, data) {
+        return Ok(true);
+    }
+    match vm
+        .mmu
+        .write_guest(core.mmu.address_space(), Gpa::new(gpa), data)
+    {
+        Ok(()) => Ok(true),
+        Err(mmu::AccessError::HostMemory(..)) => Err(Outcome::Fail(libc::EFAULT)),
+        Err(_) => Ok(false),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn registers_are_read_in_parts() {
+        let read = |offset| if offset == 0x30 { 0x0005_0014 } else { 0 };
+        let mut word = [0; 4];
+        read_register(0xfee0_0030, &mut word, read);
+        assert_eq!(u32::from_le_bytes(word), 0x0005_0014);
+        let mut byte = [0; 1];
+        read_register(0xfee0_0032, &mut byte, read);
+        assert_eq!(byte, [5]);
+        let mut across = [9; 4];
+        read_register(0xfee0_0032, &mut across, read);
+        assert_eq!(across, [0; 4]);
+    }
+}

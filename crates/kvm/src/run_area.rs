@@ -1,0 +1,167 @@
+//! The memory a vCPU shares with user space: `kvm_run`, the page for port data, the ring of
+//! coalesced writes, and the dirty ring.
+//!
+//! It is a memfd, so that whoever stands in for the vCPU's descriptor can hand it out and mmap
+//! keeps the kernel's semantics: page 0 `kvm_run`, page 1 port data, page 2 the VM's coalesced
+//! ring (another file, mapped over), page [`DIRTY_RING_PAGE`] on the dirty ring.
+
+use crate::error::{Error, Result};
+use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_run};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::MemfdFlags;
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use std::ptr::NonNull;
+
+/// Size of a page.
+pub(crate) const PAGE: usize = 4096;
+/// What KVM_GET_VCPU_MMAP_SIZE answers.
+pub(crate) const RUN_SIZE: usize = 3 * PAGE;
+/// Offset of port data from the start of `kvm_run`.
+pub(crate) const PIO_OFFSET: usize = PAGE;
+/// Page of the vCPU's file where the dirty ring starts.
+pub(crate) const DIRTY_RING_PAGE: usize = KVM_DIRTY_LOG_PAGE_OFFSET as usize;
+
+fn errno(error: rustix::io::Errno) -> Error {
+    Error::new(error.raw_os_error())
+}
+
+/// A memfd and a shared mapping of it.
+#[derive(Debug)]
+pub(crate) struct SharedMemory {
+    fd: OwnedFd,
+    base: NonNull<u8>,
+    size: usize,
+}
+
+// SAFETY: the mapping is plain memory that lives as long as the value; who may touch what when is
+// the business of its users.
+unsafe impl Send for SharedMemory {}
+// SAFETY: as above.
+unsafe impl Sync for SharedMemory {}
+
+impl SharedMemory {
+    /// `file_size` bytes of zeroed memory, the first `size` of them mapped.
+    pub(crate) fn new(name: &str, size: usize, file_size: usize) -> Result<SharedMemory> {
+        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC).map_err(errno)?;
+        rustix::fs::ftruncate(&fd, file_size as u64).map_err(errno)?;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address the kernel chooses.
+        let base = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                size,
+                protection,
+                MapFlags::SHARED,
+                &fd,
+                0,
+            )
+            .map_err(errno)?
+        };
+        let base = NonNull::new(base.cast()).ok_or(Error::new(libc::ENOMEM))?;
+        Ok(SharedMemory { fd, base, size })
+    }
+
+    /// The file.
+    pub(crate) fn fd(&self) -> &OwnedFd {
+        &self.fd
+    }
+
+    /// The mapping's first byte.
+    pub(crate) fn base(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    /// The mapping's size.
+    pub(crate) fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Maps the first page of `other` over the page at `offset`.
+    fn overlay(&self, offset: usize, other: &SharedMemory) -> Result<()> {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: the page lies inside this mapping, which nobody has looked into yet.
+        unsafe {
+            let address = self.base().add(offset).cast();
+            mmap(address, PAGE, protection, flags, other.fd.as_fd(), 0).map_err(errno)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for SharedMemory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's and no reference into it outlives it.
+        let _ = unsafe { munmap(self.base().cast(), self.size) };
+    }
+}
+
+/// A vCPU's shared memory.
+#[derive(Debug)]
+pub(crate) struct RunArea {
+    memory: SharedMemory,
+}
+
+impl RunArea {
+    /// Zeroed memory of one vCPU with the VM's coalesced ring at page 2, and a file large enough
+    /// for a dirty ring of `dirty_ring` bytes.
+    pub(crate) fn new(id: u32, coalesced: &SharedMemory, dirty_ring: usize) -> Result<RunArea> {
+        let file_size = DIRTY_RING_PAGE * PAGE + dirty_ring;
+        let memory = SharedMemory::new(&format!("kvm-vcpu:{id}"), RUN_SIZE, file_size)?;
+        memory.overlay(2 * PAGE, coalesced)?;
+        Ok(RunArea { memory })
+    }
+
+    /// The file behind the area.
+    pub(crate) fn fd(&self) -> &OwnedFd {
+        self.memory.fd()
+    }
+
+    /// `kvm_run`.
+    pub(crate) fn as_ptr(&self) -> *mut kvm_run {
+        self.memory.base().cast()
+    }
+
+    /// `kvm_run`, for the thread that holds the vCPU.
+    ///
+    /// # Safety
+    ///
+    /// No other reference to it may be in use: the caller holds the vCPU's lock and user space,
+    /// whose turn it is not, touches only `immediate_exit`, which is read with
+    /// [`RunArea::immediate_exit`].
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn get(&self) -> &mut kvm_run {
+        // SAFETY: the mapping is page-aligned, larger than `kvm_run`, and zeroed memory is a
+        // valid value; aliasing is the caller's promise.
+        unsafe { &mut *self.as_ptr() }
+    }
+
+    /// `kvm_run.immediate_exit`, which a signal handler may set at any time.
+    pub(crate) fn immediate_exit(&self) -> bool {
+        // SAFETY: the pointer is valid for reads; the access is volatile since user space may
+        // write it at any time.
+        unsafe { (&raw const (*self.as_ptr()).immediate_exit).read_volatile() != 0 }
+    }
+
+    /// Copies port data in.
+    pub(crate) fn write_pio(&self, data: &[u8]) {
+        let length = data.len().min(PAGE);
+        // SAFETY: the port page is inside the mapping and at least this long.
+        unsafe {
+            let page = self.memory.base().add(PIO_OFFSET);
+            std::ptr::copy_nonoverlapping(data.as_ptr(), page, length);
+        }
+    }
+
+    /// Copies port data out.
+    pub(crate) fn read_pio(&self, data: &mut [u8]) {
+        let length = data.len().min(PAGE);
+        // SAFETY: as above.
+        unsafe {
+            let page = self.memory.base().add(PIO_OFFSET);
+            std::ptr::copy_nonoverlapping(page, data.as_mut_ptr(), length);
+        }
+    }
+}
+
+const _: () = assert!(size_of::<kvm_run>() <= PAGE);

@@ -1,0 +1,1000 @@
+//! A virtual processor: its shared face, its state, and the loop of KVM_RUN.
+//!
+//! [`Vcpu`] is what everybody sees; [`Core`] is what the thread in KVM_RUN owns, behind the
+//! vCPU's lock as in the kernel: any other call on the vCPU waits until KVM_RUN returns.
+//!
+//! ```text
+//! KVM_RUN ─ complete user-space I/O ─┬─ requests ─ inject ─ load root ─ gate ─ enter ─┐
+//!                                    │                                                │ exit
+//!                                    └────────────── exits::handle ◀── gate ◀─────────┘
+//! ```
+
+use crate::cpuid::{Dynamic, Table};
+use crate::error::{Result, fail};
+use crate::events::{self, Events, Injection};
+use crate::exits::{self, Outcome};
+use crate::irqchip::lapic::{self, Effect, Illegal, LocalApic};
+use crate::mailbox::{Kick, Mailbox, Request, Woken};
+use crate::mmio::Emulation;
+use crate::msrs::{self, MsrState};
+use crate::port_io::PortIo;
+use crate::pv::ParavirtualPages;
+use crate::run_area::RunArea;
+use crate::time::GuestTsc;
+use crate::vm::Vm;
+use arch::control_registers::{Cr0, Rflags};
+use arch::controls::{Eptp, Interruptibility, PinControls, PrimaryControls, SecondaryControls};
+use arch::cpuid::{Feature, Features};
+use arch::exit::VmExit;
+use arch::interruption::InterruptionType;
+use arch::msr;
+use arch::segment::SegmentName;
+use cpu::{Controls, CpuState, Flush, Gpr};
+use kvm_bindings::*;
+use mmu::Entry;
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+impl Kick for cpu::Attention {
+    fn kick(&self) {
+        cpu::Attention::kick(self);
+    }
+}
+
+/// Multiprocessing state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum MpState {
+    Runnable = KVM_MP_STATE_RUNNABLE,
+    Uninitialized = KVM_MP_STATE_UNINITIALIZED,
+    InitReceived = KVM_MP_STATE_INIT_RECEIVED,
+    Halted = KVM_MP_STATE_HALTED,
+}
+
+/// What the next KVM_RUN does before the guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Completion {
+    /// Port I/O.
+    PortIo,
+    /// A fragment of an MMIO read.
+    MmioRead,
+    /// A fragment of an MMIO write.
+    MmioWrite,
+    /// A hypercall: its result goes to RAX.
+    Hypercall,
+    /// An RDMSR or WRMSR that user space decides.
+    Msr { write: bool },
+}
+
+/// Counters of one vCPU, for the statistics descriptor.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) exits: u64,
+    pub(crate) io_exits: u64,
+    pub(crate) mmio_exits: u64,
+    pub(crate) halt_exits: u64,
+    pub(crate) halt_wakeups: u64,
+    pub(crate) irq_injections: u64,
+    pub(crate) nmi_injections: u64,
+    pub(crate) irq_window_exits: u64,
+    pub(crate) signal_exits: u64,
+    pub(crate) instructions_emulated: u64,
+    pub(crate) emulation_failures: u64,
+    pub(crate) hypercalls: u64,
+    pub(crate) tlb_flushes: u64,
+    pub(crate) page_faults: u64,
+}
+
+/// What the thread in KVM_RUN owns.
+pub(crate) struct Core {
+    pub(crate) cpu: Box<cpu::Vcpu>,
+    pub(crate) mmu: mmu::Vcpu,
+    pub(crate) controls: Controls,
+    pub(crate) events: Events,
+    pub(crate) msrs: MsrState,
+    pub(crate) cpuid: Table,
+    pub(crate) features: Features,
+    pub(crate) tsc: GuestTsc,
+    pub(crate) mp_state: MpState,
+    pub(crate) completion: Option<Completion>,
+    pub(crate) emulation: Emulation,
+    pub(crate) port_io: PortIo,
+    pub(crate) paravirtual: ParavirtualPages,
+    pub(crate) debug: crate::debug::GuestDebug,
+    pub(crate) signal_mask: Option<u64>,
+    pub(crate) counters: Counters,
+    /// An interrupt may be deliverable: look before the next entry.
+    pub(crate) look_for_events: bool,
+    /// IA32_APIC_BASE when no local APIC is in this process.
+    pub(crate) apic_base: u64,
+    pub(crate) sipi_vector: u8,
+    /// The guest has run: CPUID can no longer change.
+    pub(crate) has_run: bool,
+}
+
+/// A virtual processor.
+pub(crate) struct Vcpu {
+    id: u32,
+    vm: Arc<Vm>,
+    mailbox: Arc<Mailbox>,
+    apic: Option<Arc<LocalApic>>,
+    run: RunArea,
+    core: Mutex<Core>,
+    /// KVM_RUN is in progress on some thread.
+    running: AtomicBool,
+    /// The watch thread looks at this vCPU.
+    pub(crate) is_watched: AtomicBool,
+    /// KVM_SET_SIGNAL_MASK is in force.
+    has_signal_mask: AtomicBool,
+}
+
+impl std::fmt::Debug for Vcpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vcpu")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+thread_local! {
+    /// The mailbox of the vCPU that runs on this thread, for signal handlers.
+    static CURRENT: Cell<*const Mailbox> = const { Cell::new(std::ptr::null()) };
+}
+
+/// Ends the KVM_RUN that is in progress on the calling thread, if any, with EINTR, as a signal
+/// ends it in the kernel. Async-signal-safe: call it from the handler of the signal.
+pub fn interrupt_current_thread() {
+    let mailbox = CURRENT.with(Cell::get);
+    if !mailbox.is_null() {
+        // SAFETY: the pointer is set only while the vCPU, which owns the mailbox, is borrowed by
+        // a call further up on this thread's stack.
+        unsafe { (*mailbox).post(Request::INTERRUPT_RUN) };
+    }
+}
+
+struct CurrentGuard;
+
+impl CurrentGuard {
+    fn new(mailbox: &Mailbox) -> CurrentGuard {
+        CURRENT.with(|current| current.set(mailbox));
+        CurrentGuard
+    }
+}
+
+impl Drop for CurrentGuard {
+    fn drop(&mut self) {
+        CURRENT.with(|current| current.set(std::ptr::null()));
+    }
+}
+
+/// Controls that hold for every entry.
+fn initial_controls() -> Controls {
+    let mut controls = Controls::new();
+    controls.pin = PinControls::EXTERNAL_INTERRUPT_EXITING
+        | PinControls::NMI_EXITING
+        | PinControls::VIRTUAL_NMIS;
+    controls.primary = PrimaryControls::HLT_EXITING
+        | PrimaryControls::TSC_OFFSETTING
+        | PrimaryControls::MWAIT_EXITING
+        | PrimaryControls::MONITOR_EXITING
+        | PrimaryControls::RDPMC_EXITING
+        | PrimaryControls::CR8_LOAD_EXITING
+        | PrimaryControls::CR8_STORE_EXITING
+        | PrimaryControls::UNCONDITIONAL_IO_EXITING
+        | PrimaryControls::USE_MSR_BITMAPS
+        | PrimaryControls::SECONDARY;
+    controls.secondary = SecondaryControls::ENABLE_EPT
+        | SecondaryControls::ENABLE_VPID
+        | SecondaryControls::UNRESTRICTED_GUEST
+        | SecondaryControls::WBINVD_EXITING
+        | SecondaryControls::TSC_SCALING
+        | SecondaryControls::ENABLE_RDTSCP
+        | SecondaryControls::ENABLE_INVPCID
+        | SecondaryControls::ENABLE_XSAVES;
+    controls.vpid = 1;
+    *controls.msr_bitmap = msrs::bitmap(|_, _| false);
+    controls
+}
+
+impl Vcpu {
+    /// A vCPU in its power-up state.
+    pub(crate) fn new(vm: &Arc<Vm>, id: u32) -> Result<Arc<Vcpu>> {
+        let mut cpu = cpu::Vcpu::new(&vm.machine);
+        cpu.state = CpuState::reset();
+        let mailbox = Arc::new(Mailbox::new(cpu.attention()));
+        let bootstrap = vm.is_bootstrap(id);
+        let config = vm.apic_config();
+        let apic =
+            config.map(|config| LocalApic::new(id, bootstrap, config, mailbox.clone(), &vm.timers));
+        let ring = vm.settings().dirty_ring as usize;
+        let run = RunArea::new(id, vm.coalesced.memory(), ring)?;
+        let waits = apic.is_some() && !bootstrap;
+        let mut apic_base = lapic::DEFAULT_BASE | msr::apic_base::ENABLE;
+        if bootstrap {
+            apic_base |= msr::apic_base::BSP;
+        }
+        let mut core = Core {
+            cpu,
+            mmu: vm.mmu.create_vcpu(id),
+            controls: initial_controls(),
+            events: Events::default(),
+            msrs: MsrState::new(bootstrap),
+            cpuid: Table::default(),
+            features: Features::NONE,
+            tsc: GuestTsc::host(),
+            mp_state: if waits {
+                MpState::Uninitialized
+            } else {
+                MpState::Runnable
+            },
+            completion: None,
+            emulation: Emulation::default(),
+            port_io: PortIo::default(),
+            paravirtual: ParavirtualPages::default(),
+            debug: crate::debug::GuestDebug::default(),
+            signal_mask: None,
+            counters: Counters::default(),
+            look_for_events: true,
+            apic_base,
+            sipi_vector: 0,
+            has_run: false,
+        };
+        core.set_tsc(vm.initial_tsc());
+        core.update_msr_bitmap(vm);
+        Ok(Arc::new(Vcpu {
+            id,
+            vm: vm.clone(),
+            mailbox,
+            apic,
+            run,
+            core: Mutex::new(core),
+            running: AtomicBool::new(false),
+            is_watched: AtomicBool::new(false),
+            has_signal_mask: AtomicBool::new(false),
+        }))
+    }
+
+    /// The vCPU's ID.
+    pub(crate) fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// The VM.
+    pub(crate) fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    /// The mailbox.
+    pub(crate) fn mailbox(&self) -> &Mailbox {
+        &self.mailbox
+    }
+
+    /// The mailbox, shared.
+    pub(crate) fn shared_mailbox(&self) -> Arc<Mailbox> {
+        self.mailbox.clone()
+    }
+
+    /// The local APIC, if it is in this process.
+    pub(crate) fn apic(&self) -> Option<&Arc<LocalApic>> {
+        self.apic.as_ref()
+    }
+
+    /// The memory shared with user space.
+    pub(crate) fn run_area(&self) -> &RunArea {
+        &self.run
+    }
+
+    /// The vCPU's lock, waiting for a KVM_RUN in progress.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `kvm_run`, for the thread that holds the vCPU's lock (which `_core` proves).
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) fn kvm_run(&self, _core: &Core) -> &mut kvm_run {
+        // SAFETY: the caller holds the vCPU's lock, under which alone this reference is made, and
+        // uses one at a time.
+        unsafe { self.run.get() }
+    }
+
+    /// Whether KVM_RUN is in progress.
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.load(Ordering::Relaxed)
+    }
+
+    /// Whether the watch thread should make the vCPU look for a reason to leave.
+    pub(crate) fn wants_look(&self) -> bool {
+        self.run.immediate_exit() || self.has_signal_mask.load(Ordering::Relaxed)
+    }
+
+    /// KVM_SET_SIGNAL_MASK.
+    pub(crate) fn set_signal_mask(&self, mask: Option<u64>) {
+        self.lock().signal_mask = mask;
+        self.has_signal_mask
+            .store(mask.is_some(), Ordering::Relaxed);
+    }
+
+    /// IA32_APIC_BASE.
+    pub(crate) fn apic_base(&self, core: &Core) -> u64 {
+        self.apic
+            .as_ref()
+            .map_or(core.apic_base, |apic| apic.base())
+    }
+
+    /// Sets IA32_APIC_BASE.
+    pub(crate) fn set_apic_base(
+        &self,
+        core: &mut Core,
+        value: u64,
+        trusted: bool,
+    ) -> std::result::Result<(), Illegal> {
+        let Some(apic) = &self.apic else {
+            core.apic_base = value;
+            return Ok(());
+        };
+        let offered = trusted || core.features.has(Feature::X2APIC);
+        apic.set_base(value, offered, core.cpuid.physical_bits(), trusted)
+    }
+
+    /// CR8.
+    pub(crate) fn cr8(&self, core: &Core) -> u64 {
+        self.apic
+            .as_ref()
+            .map_or(core.cpu.state.cr8, |apic| apic.cr8())
+    }
+
+    /// Sets CR8.
+    pub(crate) fn set_cr8(&self, core: &mut Core, value: u64) {
+        match &self.apic {
+            Some(apic) => apic.set_cr8(value),
+            None => core.cpu.state.cr8 = value & 0xf,
+        }
+    }
+
+    /// Finishes what an access to the local APIC left to do.
+    pub(crate) fn apply(&self, core: &mut Core, effect: Effect) {
+        if effect == Effect::None {
+            return;
+        }
+        let (Some(chip), Some(apic)) = (self.vm.irqchip(), &self.apic) else {
+            return;
+        };
+        if let Some(vector) = chip.apply(effect, apic) {
+            core.port_io.pending_eoi = Some(vector);
+        }
+    }
+
+    /// KVM_RUN.
+    pub(crate) fn run(&self) -> Result<()> {
+        let mut core = self.lock();
+        self.vm.check_alive()?;
+        let _current = CurrentGuard::new(&self.mailbox);
+        self.running.store(true, Ordering::Relaxed);
+        crate::watch::begin(self);
+        core.sync_in(self)?;
+        let result = core.run(self);
+        self.running.store(false, Ordering::Relaxed);
+        core.leave(self);
+        result
+    }
+}
+
+impl Core {
+    /// Sets the guest's counter.
+    pub(crate) fn set_tsc(&mut self, tsc: GuestTsc) {
+        self.tsc = tsc;
+        self.controls.tsc_offset = tsc.offset;
+        self.controls.tsc_multiplier = tsc.multiplier;
+    }
+
+    /// Recomputes the MSR bitmap after the VM's filter changed.
+    pub(crate) fn update_msr_bitmap(&mut self, vm: &Vm) {
+        let filter = vm.settings().msr_filter.clone();
+        let filtered = |index, write| {
+            filter
+                .as_ref()
+                .is_some_and(|filter| !filter.allows(index, write))
+        };
+        *self.controls.msr_bitmap = msrs::bitmap(filtered);
+    }
+
+    /// The state that CPUID reflects.
+    pub(crate) fn dynamic_cpuid(&self, vcpu: &Vcpu) -> Dynamic {
+        Dynamic {
+            cr4: self.cpu.state.cr4,
+            xcr0: self.cpu.state.xcr0.bits(),
+            apic_base: vcpu.apic_base(self),
+            misc_enable: self.msrs.get(msr::MISC_ENABLE),
+        }
+    }
+
+    /// Whether the guest runs 64-bit code.
+    pub(crate) fn is_64bit(&self) -> bool {
+        let state = &self.cpu.state;
+        let cs = &state.segments[SegmentName::Cs as usize];
+        state.long_mode() && cs.access.has(arch::segment::AccessRights::L)
+    }
+
+    /// Moves past the instruction that exited.
+    pub(crate) fn skip(&mut self, exit: &VmExit) {
+        self.skip_bytes(exit.instruction_length as u64);
+    }
+
+    /// Moves past an instruction of `length` bytes, with the effects that its retirement has.
+    pub(crate) fn skip_bytes(&mut self, length: u64) {
+        let wide = self.is_64bit();
+        let state = &mut self.cpu.state;
+        let rip = state.rip.wrapping_add(length);
+        state.rip = if wide { rip } else { rip & 0xffff_ffff };
+        state.interruptibility -= Interruptibility::STI | Interruptibility::MOV_SS;
+        let flags = state.rflags();
+        if flags & Rflags::RF.bits() != 0 {
+            state.set_rflags(flags & !Rflags::RF.bits());
+        }
+        if self.debug.single_step() {
+            self.debug.stepped = true;
+        } else if flags & Rflags::TF.bits() != 0 {
+            self.raise_single_step();
+        }
+    }
+
+    /// A #DB for the single step that an instruction handled here completed.
+    fn raise_single_step(&mut self) {
+        use arch::control_registers::Dr6;
+        self.events.raise(events::PendingException {
+            vector: arch::exception::Exception::Debug.vector(),
+            error_code: None,
+            payload: Some(Dr6::BS.bits()),
+        });
+    }
+
+    /// Queues an exception without error code.
+    pub(crate) fn raise(&mut self, exception: arch::exception::Exception) {
+        let error_code = exception.has_error_code().then_some(0);
+        let vector = exception.vector();
+        self.events.raise(events::PendingException {
+            vector,
+            error_code,
+            payload: None,
+        });
+    }
+
+    /// Whether a maskable interrupt waits (whatever the guest allows).
+    pub(crate) fn interrupt_waits(&self, vcpu: &Vcpu) -> bool {
+        if self.events.interrupt.is_some() {
+            return true;
+        }
+        let Some(apic) = vcpu.apic() else {
+            return false;
+        };
+        apic.deliverable().is_some() || pic_interrupt(vcpu, apic)
+    }
+
+    fn take_interrupt(&mut self, vcpu: &Vcpu) -> Option<u8> {
+        if let Some(vector) = self.events.interrupt.take() {
+            return Some(vector);
+        }
+        let apic = vcpu.apic()?;
+        if pic_interrupt(vcpu, apic) {
+            return vcpu.vm().irqchip().map(|chip| chip.acknowledge_pic());
+        }
+        apic.acknowledge()
+    }
+
+    fn run(&mut self, vcpu: &Vcpu) -> Result<()> {
+        self.cpu.entered_from_user();
+        if self.mp_state == MpState::Uninitialized {
+            return self.wait_for_startup(vcpu);
+        }
+        if let Some(completion) = self.completion.take() {
+            match exits::complete(self, vcpu, completion) {
+                Outcome::Resume => {}
+                other => return self.finish(vcpu, other),
+            }
+        }
+        if let Some(vector) = self.port_io.pending_eoi.take() {
+            let outcome = exits::ioapic_eoi(self, vcpu, vector);
+            return self.finish(vcpu, outcome);
+        }
+        if vcpu.run_area().immediate_exit() {
+            return self.finish(vcpu, Outcome::Interrupted);
+        }
+        self.has_run = true;
+        loop {
+            let outcome = if self.mp_state == MpState::Runnable {
+                self.enter(vcpu)
+            } else {
+                self.block(vcpu)
+            };
+            let outcome = match outcome {
+                Outcome::Resume => self.between_entries(vcpu),
+                other => other,
+            };
+            if outcome != Outcome::Resume {
+                return self.finish(vcpu, outcome);
+            }
+        }
+    }
+
+    /// What ends KVM_RUN besides exits.
+    fn between_entries(&mut self, vcpu: &Vcpu) -> Outcome {
+        if let Some(vector) = self.port_io.pending_eoi.take() {
+            return exits::ioapic_eoi(self, vcpu, vector);
+        }
+        if std::mem::take(&mut self.debug.stepped) {
+            return exits::step_exit(self, vcpu);
+        }
+        if vcpu.apic().is_none() {
+            let wanted = vcpu.kvm_run(self).request_interrupt_window != 0;
+            if wanted && self.ready_for_interrupt(vcpu) {
+                vcpu.kvm_run(self).exit_reason = KVM_EXIT_IRQ_WINDOW_OPEN;
+                self.counters.irq_window_exits += 1;
+                return Outcome::Exit;
+            }
+        }
+        Outcome::Resume
+    }
+
+    /// Turns an outcome into KVM_RUN's result.
+    fn finish(&mut self, vcpu: &Vcpu, outcome: Outcome) -> Result<()> {
+        match outcome {
+            Outcome::Resume | Outcome::Exit => Ok(()),
+            Outcome::Interrupted => {
+                self.counters.signal_exits += 1;
+                vcpu.kvm_run(self).exit_reason = KVM_EXIT_INTR;
+                fail(libc::EINTR)
+            }
+            Outcome::Fail(errno) => fail(errno),
+        }
+    }
+
+    /// A processor that has not been started waits for INIT and SIPI inside KVM_RUN.
+    fn wait_for_startup(&mut self, vcpu: &Vcpu) -> Result<()> {
+        if vcpu.run_area().immediate_exit() {
+            return self.finish(vcpu, Outcome::Interrupted);
+        }
+        match self.block(vcpu) {
+            Outcome::Resume if self.mp_state == MpState::Runnable => fail(libc::EAGAIN),
+            Outcome::Resume => fail(libc::EAGAIN),
+            other => self.finish(vcpu, other),
+        }
+    }
+
+    /// Whether user space may inject an interrupt with KVM_INTERRUPT.
+    pub(crate) fn ready_for_interrupt(&self, vcpu: &Vcpu) -> bool {
+        vcpu.apic().is_none()
+            && self.events.interrupt.is_none()
+            && !self.events.any()
+            && events::interrupts_open(&self.cpu.state)
+    }
+
+    /// One entry and its exit.
+    fn enter(&mut self, vcpu: &Vcpu) -> Outcome {
+        if !vcpu.mailbox().is_empty() {
+            let outcome = self.requests(vcpu);
+            if outcome != Outcome::Resume || self.mp_state != MpState::Runnable {
+                return outcome;
+            }
+        }
+        self.controls.interruption_info = Default::default();
+        if self.look_for_events || self.events.any() {
+            let outcome = self.inject(vcpu);
+            if outcome != Outcome::Resume {
+                return outcome;
+            }
+        }
+        match self.load(vcpu) {
+            Ok(eptp) => self.controls.eptp = eptp,
+            Err(outcome) => return outcome,
+        }
+        self.debug.before_entry(&mut self.controls);
+        if !self.pass_gate() {
+            self.give_back_injection();
+            return Outcome::Resume;
+        }
+        let exit = self.cpu.enter(&self.controls);
+        self.mmu.gate().exit();
+        self.counters.exits += 1;
+        self.take_back_event(&exit);
+        exits::handle(self, vcpu, &exit)
+    }
+
+    /// The EPT pointer.
+    pub(crate) fn load(&mut self, vcpu: &Vcpu) -> std::result::Result<Eptp, Outcome> {
+        vcpu.vm()
+            .mmu
+            .load(&mut self.mmu)
+            .map_err(|_| Outcome::Fail(libc::ENOMEM))
+    }
+
+    /// Goes through the MMU's gate into guest mode; false if a flush came first, which has been
+    /// made.
+    pub(crate) fn pass_gate(&mut self) -> bool {
+        match self.mmu.gate().enter() {
+            Entry::Ready => true,
+            Entry::Flush(flush) => {
+                self.counters.tlb_flushes += 1;
+                self.cpu.flush(match flush {
+                    mmu::Flush::All => Flush::All,
+                    mmu::Flush::Range(frames) => {
+                        let start = frames.start.gpa().get();
+                        let pages = frames.end.offset_from(frames.start).unwrap_or(0);
+                        Flush::Gpa {
+                            start,
+                            len: pages.saturating_mul(4096),
+                        }
+                    }
+                });
+                false
+            }
+        }
+    }
+
+    /// An entry that did not happen leaves its event to be injected again.
+    fn give_back_injection(&mut self) {
+        let c = &mut self.controls;
+        let info = std::mem::take(&mut c.interruption_info);
+        if info.is_valid() {
+            self.events.again = Some(Injection {
+                info,
+                error_code: c.interruption_error_code,
+                instruction_length: c.instruction_length,
+            });
+            self.look_for_events = true;
+        }
+    }
+
+    /// An event whose delivery the exit cut short goes first at the next entry.
+    fn take_back_event(&mut self, exit: &VmExit) {
+        if exit.idt_vectoring_info.is_valid() {
+            self.events.cut_short(
+                exit.idt_vectoring_info,
+                exit.idt_vectoring_error_code,
+                exit.instruction_length,
+            );
+            if exit.idt_vectoring_info.kind() == InterruptionType::Nmi {
+                self.cpu.state.interruptibility -= Interruptibility::NMI;
+            }
+        } else if exit.entry_failure {
+            self.give_back_injection();
+        }
+    }
+
+    /// Chooses the event of the next entry, and which windows to wait for.
+    fn inject(&mut self, vcpu: &Vcpu) -> Outcome {
+        self.look_for_events = false;
+        let windows =
+            PrimaryControls::INTERRUPT_WINDOW_EXITING | PrimaryControls::NMI_WINDOW_EXITING;
+        self.controls.primary -= windows;
+        if self.events.triple_fault {
+            self.events.triple_fault = false;
+            return exits::shutdown(self, vcpu);
+        }
+        let mut injected = None;
+        if let Some(again) = self.events.again.take() {
+            if again.info.kind() == InterruptionType::Nmi {
+                self.cpu.state.interruptibility -= Interruptibility::NMI;
+            }
+            injected = Some(again);
+        } else if let Some(exception) = self.events.exception.take() {
+            let state = &mut self.cpu.state;
+            events::apply_payload(state, &exception);
+            if events::is_fault(exception.vector) {
+                state.set_rflags(state.rflags() | Rflags::RF.bits());
+            }
+            injected = Some(events::exception_injection(&exception));
+        }
+        if self.events.nmis != 0 {
+            if injected.is_none() && events::nmis_open(&self.cpu.state) {
+                self.events.nmis -= 1;
+                self.counters.nmi_injections += 1;
+                injected = Some(events::nmi_injection());
+            }
+            if self.events.nmis != 0 {
+                self.controls.primary |= PrimaryControls::NMI_WINDOW_EXITING;
+            }
+        }
+        if !self.debug.blocks_interrupts() && self.interrupt_waits(vcpu) {
+            if injected.is_none()
+                && events::interrupts_open(&self.cpu.state)
+                && let Some(vector) = self.take_interrupt(vcpu)
+            {
+                self.counters.irq_injections += 1;
+                injected = Some(events::interrupt_injection(vector));
+            }
+            if self.interrupt_waits(vcpu) {
+                self.controls.primary |= PrimaryControls::INTERRUPT_WINDOW_EXITING;
+            }
+        }
+        if vcpu.apic().is_none() && vcpu.kvm_run(self).request_interrupt_window != 0 {
+            self.controls.primary |= PrimaryControls::INTERRUPT_WINDOW_EXITING;
+            self.look_for_events = true;
+        }
+        if let Some(injection) = injected {
+            self.controls.interruption_info = injection.info;
+            self.controls.interruption_error_code = injection.error_code;
+            self.controls.instruction_length = injection.instruction_length;
+        }
+        Outcome::Resume
+    }
+
+    /// Does what the mailbox asks for.
+    fn requests(&mut self, vcpu: &Vcpu) -> Outcome {
+        let mailbox = vcpu.mailbox();
+        if mailbox.take(Request::VM_DEAD) {
+            return Outcome::Fail(libc::EIO);
+        }
+        if mailbox.take(Request::EVENT | Request::TIMER) {
+            self.look_for_events = true;
+        }
+        if mailbox.take(Request::NMI) {
+            self.events.nmis = (self.events.nmis + mailbox.take_nmis()).min(2);
+            self.look_for_events = true;
+        }
+        if mailbox.take(Request::CLOCK_UPDATE) {
+            self.update_clock_page(vcpu);
+        }
+        if mailbox.take(Request::STEAL_UPDATE) {
+            self.update_steal_time(vcpu);
+        }
+        if mailbox.take(Request::TLB_FLUSH) {
+            self.cpu.flush(Flush::Guest);
+        }
+        if mailbox.take(Request::TRIPLE_FAULT) {
+            self.events.triple_fault = true;
+        }
+        // System management mode is not offered: an SMI has nowhere to go.
+        mailbox.take(
+            Request::SCAN_IOAPIC | Request::MMU_RELOAD | Request::TRAPS_CHANGED | Request::SMI,
+        );
+        if mailbox.take(Request::MSR_FILTER) {
+            self.update_msr_bitmap(vcpu.vm());
+        }
+        mailbox.take(Request::YIELD);
+        if mailbox.take(Request::UNHALT) && self.mp_state == MpState::Halted {
+            self.mp_state = MpState::Runnable;
+        }
+        self.start_up_requests(vcpu);
+        if mailbox.take(Request::INTERRUPT_RUN) || self.signal_pending(vcpu) {
+            return Outcome::Interrupted;
+        }
+        Outcome::Resume
+    }
+
+    /// INIT and start-up IPIs.
+    fn start_up_requests(&mut self, vcpu: &Vcpu) {
+        let mailbox = vcpu.mailbox();
+        if mailbox.take(Request::INIT) {
+            self.init(vcpu);
+            let waits = !vcpu.vm().is_bootstrap(vcpu.id());
+            self.mp_state = if waits {
+                MpState::InitReceived
+            } else {
+                MpState::Runnable
+            };
+        }
+        if mailbox.take(Request::SIPI) && self.mp_state == MpState::InitReceived {
+            self.sipi_vector = mailbox.sipi_vector();
+            let code = &mut self.cpu.state.segments[SegmentName::Cs as usize];
+            code.selector = (self.sipi_vector as u16) << 8;
+            code.base = (self.sipi_vector as u64) << 12;
+            self.cpu.state.rip = 0;
+            self.mp_state = MpState::Runnable;
+        }
+    }
+
+    /// The state after INIT (SDM volume 3, "Processor State After Reset"): that of a reset, but
+    /// caches, extended state, the counter and most MSRs keep theirs.
+    fn init(&mut self, vcpu: &Vcpu) {
+        let old = &self.cpu.state;
+        let mut state = CpuState::reset();
+        state.extended = old.extended.clone();
+        state.xcr0 = old.xcr0;
+        state.pkru = old.pkru;
+        state.msrs = old.msrs;
+        state.smbase = old.smbase;
+        state.cr0 = Cr0::ET | old.cr0 & (Cr0::CD | Cr0::NW);
+        let version = self.cpuid.output(1, 0).0[0];
+        state.set_gpr(Gpr::Rdx, if version == 0 { 0x600 } else { version as u64 });
+        self.cpu.state = state;
+        self.events = Events::default();
+        self.completion = None;
+        self.emulation = Emulation::default();
+        if let Some(apic) = vcpu.apic() {
+            apic.reset(false);
+        }
+        self.cpu.flush(Flush::Guest);
+    }
+
+    /// Whether a vCPU that does not run has a reason to.
+    fn has_work(&self, vcpu: &Vcpu) -> bool {
+        let interrupted = || {
+            !self.debug.blocks_interrupts()
+                && events::interrupts_open(&self.cpu.state)
+                && self.interrupt_waits(vcpu)
+        };
+        let nmi = self.events.nmis != 0 && events::nmis_open(&self.cpu.state);
+        match self.mp_state {
+            MpState::Runnable => true,
+            MpState::Halted => {
+                nmi || interrupted()
+                    || self.events.exception.is_some()
+                    || self.events.again.is_some()
+                    || self.events.triple_fault
+            }
+            MpState::Uninitialized | MpState::InitReceived => false,
+        }
+    }
+
+    /// Sleeps until there is a reason to run or to leave.
+    fn block(&mut self, vcpu: &Vcpu) -> Outcome {
+        /// Longest sleep without another look, in nanoseconds; shorter when blocked signals must
+        /// be looked for.
+        const LONG: u64 = 1_000_000_000;
+        const SHORT: u64 = 1_000_000;
+        loop {
+            let outcome = self.requests(vcpu);
+            if outcome != Outcome::Resume {
+                return outcome;
+            }
+            if self.has_work(vcpu) {
+                if self.mp_state == MpState::Halted {
+                    self.mp_state = MpState::Runnable;
+                    self.counters.halt_wakeups += 1;
+                }
+                self.look_for_events = true;
+                return Outcome::Resume;
+            }
+            let mailbox = vcpu.mailbox();
+            let timeout = if self.signal_mask.is_some() {
+                SHORT
+            } else {
+                LONG
+            };
+            let woken = mailbox.sleep(
+                || !mailbox.is_empty() || vcpu.run_area().immediate_exit(),
+                timeout,
+            );
+            if woken == Woken::Signal
+                || vcpu.run_area().immediate_exit()
+                || self.signal_pending(vcpu)
+            {
+                return Outcome::Interrupted;
+            }
+        }
+    }
+
+    /// HLT was executed.
+    pub(crate) fn halt(&mut self, vcpu: &Vcpu) -> Outcome {
+        self.counters.halt_exits += 1;
+        if vcpu.apic().is_some() {
+            self.mp_state = MpState::Halted;
+            return Outcome::Resume;
+        }
+        vcpu.kvm_run(self).exit_reason = KVM_EXIT_HLT;
+        Outcome::Exit
+    }
+
+    /// A signal waits that KVM_SET_SIGNAL_MASK lets through, or user space asked to leave.
+    fn signal_pending(&self, vcpu: &Vcpu) -> bool {
+        if vcpu.run_area().immediate_exit() {
+            return true;
+        }
+        let Some(mask) = self.signal_mask else {
+            return false;
+        };
+        pending_signals() & !mask != 0
+    }
+
+    /// What user space finds in `kvm_run` after any exit.
+    fn leave(&mut self, vcpu: &Vcpu) {
+        let ready = self.ready_for_interrupt(vcpu);
+        let state = &self.cpu.state;
+        let run = vcpu.kvm_run(self);
+        run.if_flag = (state.rflags() & Rflags::IF.bits() != 0) as u8;
+        run.flags = if state.smm { KVM_RUN_X86_SMM as u16 } else { 0 };
+        run.cr8 = vcpu.cr8(self);
+        run.apic_base = vcpu.apic_base(self);
+        run.ready_for_interrupt_injection = (ready || vcpu.apic().is_some()) as u8;
+        self.sync_out(vcpu);
+    }
+
+    /// Reads registers that user space put into `kvm_run` (KVM_CAP_SYNC_REGS, and CR8 when the
+    /// local APIC is its own).
+    fn sync_in(&mut self, vcpu: &Vcpu) -> Result<()> {
+        let run = vcpu.kvm_run(self);
+        let (valid, dirty, cr8) = (run.kvm_valid_regs, run.kvm_dirty_regs, run.cr8);
+        let known = KVM_SYNC_X86_VALID_FIELDS as u64;
+        if valid & !known != 0 || dirty & !known != 0 {
+            return fail(libc::EINVAL);
+        }
+        if dirty != 0 {
+            // SAFETY: `s` holds plain data of which every bit pattern is valid.
+            let regs = unsafe { run.s.regs };
+            if dirty & KVM_SYNC_X86_REGS as u64 != 0 {
+                self.set_regs(&regs.regs);
+            }
+            if dirty & KVM_SYNC_X86_SREGS as u64 != 0 {
+                self.set_sregs(vcpu, &regs.sregs)?;
+            }
+            if dirty & KVM_SYNC_X86_EVENTS as u64 != 0 {
+                self.set_vcpu_events(vcpu, &regs.events)?;
+            }
+            vcpu.kvm_run(self).kvm_dirty_regs = 0;
+        }
+        if vcpu.apic().is_none() {
+            if cr8 > 0xf {
+                return fail(libc::EINVAL);
+            }
+            self.cpu.state.cr8 = cr8;
+            self.look_for_events = true;
+        }
+        Ok(())
+    }
+
+    fn sync_out(&mut self, vcpu: &Vcpu) {
+        let valid = vcpu.kvm_run(self).kvm_valid_regs;
+        if valid == 0 {
+            return;
+        }
+        let regs = self.regs();
+        let sregs = self.sregs(vcpu);
+        let events = self.vcpu_events(vcpu);
+        let run = vcpu.kvm_run(self);
+        // SAFETY: `s` holds plain data of which every bit pattern is valid.
+        let sync = unsafe { &mut run.s.regs };
+        if valid & KVM_SYNC_X86_REGS as u64 != 0 {
+            sync.regs = regs;
+        }
+        if valid & KVM_SYNC_X86_SREGS as u64 != 0 {
+            sync.sregs = sregs;
+        }
+        if valid & KVM_SYNC_X86_EVENTS as u64 != 0 {
+            sync.events = events;
+        }
+    }
+
+    /// Tells the processor what the guest's CPUID offers.
+    pub(crate) fn apply_cpuid(&mut self, table: Table) {
+        self.features = table.features();
+        let bits = table.physical_bits();
+        self.cpuid = table;
+        self.cpu.set_features(self.features, bits);
+    }
+}
+
+impl Counters {
+    /// The counters with their names.
+    pub(crate) fn named(&self) -> Vec<(&'static str, u64)> {
+        vec![
+            ("exits", self.exits),
+            ("io_exits", self.io_exits),
+            ("mmio_exits", self.mmio_exits),
+            ("halt_exits", self.halt_exits),
+            ("halt_wakeup", self.halt_wakeups),
+            ("irq_injections", self.irq_injections),
+            ("nmi_injections", self.nmi_injections),
+            ("irq_window_exits", self.irq_window_exits),
+            ("signal_exits", self.signal_exits),
+            ("insn_emulation", self.instructions_emulated),
+            ("insn_emulation_fail", self.emulation_failures),
+            ("hypercalls", self.hypercalls),
+            ("tlb_flush", self.tlb_flushes),
+            ("pf_taken", self.page_faults),
+        ]
+    }
+}
+
+/// Whether the 8259 pair interrupts this processor.
+fn pic_interrupt(vcpu: &Vcpu, apic: &LocalApic) -> bool {
+    vcpu.vm().irqchip().is_some_and(|chip| chip.pic_output()) && apic.accepts_pic()
+}
+
+/// The calling thread's pending blocked signals, bit n-1 for signal n.
+fn pending_signals() -> u64 {
+    let mut set = 0u64;
+    // SAFETY: the kernel writes eight bytes, the size of its signal set.
+    unsafe { libc::syscall(libc::SYS_rt_sigpending, &raw mut set, 8) };
+    set
+}
