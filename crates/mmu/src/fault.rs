@@ -24,7 +24,6 @@ use arch::page_fault::ErrorCode;
 use arch::paging::Level;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::SeqCst;
 
 /// What is to be done about a fault.
 #[must_use]
@@ -136,24 +135,31 @@ impl Mmu {
 
     pub(crate) fn violation(&self, vcpu: &mut Vcpu, gpa: Gpa, code: ErrorCode) -> FaultResult {
         let fault = Fault::new(gpa, code);
-        let Some(root) = vcpu.root.clone().filter(|root| root.is_valid()) else {
+        // Taken out for the time of the fault: its reference count is everybody's.
+        let root = vcpu.root.take().filter(|root| root.is_valid());
+        let Some(root) = root else {
             vcpu.counters.stale_root.bump();
             return FaultResult::Retry;
         };
+        let result = self.violation_below(vcpu, &root, &fault);
+        vcpu.root = Some(root);
+        result
+    }
+
+    fn violation_below(&self, vcpu: &mut Vcpu, root: &Root, fault: &Fault) -> FaultResult {
         let slots = self.slots();
-        let slot = match self.judge(vcpu, &slots, &fault) {
+        let slot = match self.judge(vcpu, &slots, fault) {
             Ok(slot) => slot,
-            Err(Verdict::Hole) => return self.hole(vcpu, &slots, &root, &fault),
+            Err(Verdict::Hole) => return self.hole(vcpu, &slots, root, fault),
             Err(Verdict::Result(result)) => return result,
         };
-        let fast = self.fast_fault(&vcpu.gate, &root, slot, &fault, &vcpu.counters);
-        if let Some(result) = fast {
+        if let Some(result) = self.fast_fault(&vcpu.gate, root, slot, fault, &vcpu.counters) {
             return result;
         }
         if !self.top_up(vcpu) {
             return FaultResult::Error(FaultError::OutOfTables);
         }
-        self.slow_fault(vcpu, &root, slot, &fault)
+        self.slow_fault(vcpu, root, slot, fault)
     }
 
     fn slow_fault(
@@ -164,7 +170,7 @@ impl Mmu {
         fault: &Fault,
     ) -> FaultResult {
         // Before host memory is looked at: an invalidation that ends after this is noticed below.
-        let sequence = self.sequence.load(SeqCst);
+        let sequence = self.invalidations.sequence();
         let counters = Arc::clone(&vcpu.counters);
         let Some(resolved) = self.resolve(slot, fault) else {
             counters.host_missing.bump();
@@ -176,13 +182,11 @@ impl Mmu {
         };
         crate::sync::point();
         let shared = self.shared();
-        if !is_mutant(Mutant::NoSequenceCheck) {
-            let now = self.sequence.load(SeqCst);
-            let range = self.touched(slot, fault.gfn, resolved.goal);
-            if now != sequence || shared.invalidations().covers(&range) {
-                counters.stale_invalidation.bump();
-                return FaultResult::Retry;
-            }
+        let range = self.touched(slot, fault.gfn, resolved.goal);
+        let is_stale = self.invalidations.has_hit(&shared, sequence, &range);
+        if is_stale && !is_mutant(Mutant::NoSequenceCheck) {
+            counters.stale_invalidation.bump();
+            return FaultResult::Retry;
         }
         if resolved.is_chunk {
             slot.set_probed(fault.gfn, resolved.probed);

@@ -74,6 +74,7 @@ const NEXT_SESSION: u64 = 4;
 
 /// One vCPU's gate. Only the vCPU's own thread passes through it; others post to it and wait at it.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct Gate {
     vcpu: u32,
     /// A counter of sessions with the mode in its low bits.

@@ -28,8 +28,8 @@ impl Mmu {
     /// and none will until the guard is dropped. Call it before memory behind a slot is unmapped,
     /// remapped or protected; memory that was missing and is there now needs none.
     pub fn invalidate(&self, range: Range<Hva>) -> Invalidation<'_> {
-        let mut exclusive = self.exclusive();
-        exclusive.invalidations().begin(&range);
+        let exclusive = self.exclusive();
+        self.invalidations.begin(&exclusive, &range);
         let mut owed = Owed::default();
         {
             let slots = self.slots();
@@ -109,8 +109,7 @@ impl Mmu {
 
 impl Drop for Invalidation<'_> {
     fn drop(&mut self) {
-        let mut exclusive = self.mmu.exclusive();
-        self.mmu.next_sequence();
-        exclusive.invalidations().end();
+        let exclusive = self.mmu.exclusive();
+        self.mmu.invalidations.end(&exclusive);
     }
 }

@@ -10,7 +10,9 @@ use crate::nx::NxSplits;
 use crate::spte::{LeafPolicy, MmioFormat, Spte};
 use crate::srcu::{ReadSection, Srcu};
 use crate::stats::{Counters, Stats};
-use crate::sync::{self, AtomicU64, AtomicUsize, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use crate::sync::{
+    self, AtomicU64, AtomicUsize, Mutex, Padded, RwLock, RwLockReadGuard, RwLockWriteGuard, SHARDS,
+};
 use crate::tdp::{Retired, Root, TableCache, TablePool};
 use crate::track::WriteListener;
 use crate::vcpu::Vcpu;
@@ -38,9 +40,8 @@ pub struct Mmu {
     /// The generation of the current snapshot, for the MMIO path.
     pub(crate) generation: AtomicU64,
 
-    lock: RwLock<Invalidations>,
-    /// Counts host invalidations that have ended.
-    pub(crate) sequence: AtomicU64,
+    lock: MmuLock,
+    pub(crate) invalidations: Invalidations,
 
     pub(crate) roots: Mutex<[Option<Arc<Root>>; 2]>,
     pub(crate) pool: Arc<TablePool>,
@@ -57,54 +58,60 @@ pub struct Mmu {
     vcpu_counters: Mutex<Vec<Arc<Counters>>>,
 }
 
-/// Host memory that is being taken away.
+/// Host memory that is being taken away. Written under the exclusive lock, read under the shared one.
 #[derive(Debug, Default)]
 pub(crate) struct Invalidations {
-    in_progress: u32,
+    in_progress: AtomicU64,
     /// Everything that is or was in progress since the last moment with none.
-    range: Option<Range<Hva>>,
+    start: AtomicU64,
+    end: AtomicU64,
+    /// Counts those that have ended.
+    sequence: AtomicU64,
 }
 
 impl Invalidations {
-    pub(crate) fn begin(&mut self, range: &Range<Hva>) {
-        self.in_progress += 1;
-        self.range = Some(match self.range.take() {
-            Some(all) => all.start.min(range.start)..all.end.max(range.end),
-            None => range.clone(),
-        });
+    pub(crate) fn begin(&self, _: &Exclusive<'_>, range: &Range<Hva>) {
+        let (mut start, mut end) = (range.start.get(), range.end.get());
+        if self.in_progress.fetch_add(1, SeqCst) != 0 {
+            start = start.min(self.start.load(SeqCst));
+            end = end.max(self.end.load(SeqCst));
+        }
+        self.start.store(start, SeqCst);
+        self.end.store(end, SeqCst);
     }
 
-    pub(crate) fn end(&mut self) {
-        self.in_progress -= 1;
-        if self.in_progress == 0 {
-            self.range = None;
+    pub(crate) fn end(&self, _: &Exclusive<'_>) {
+        self.sequence.fetch_add(1, SeqCst);
+        if self.in_progress.fetch_sub(1, SeqCst) == 1 {
+            self.start.store(0, SeqCst);
+            self.end.store(0, SeqCst);
         }
     }
 
-    /// Whether memory of the range is being taken away at this moment.
-    pub(crate) fn covers(&self, range: &Range<Hva>) -> bool {
-        self.range
-            .as_ref()
-            .is_some_and(|all| all.start < range.end && range.start < all.end)
+    /// To be noted before host memory is looked at.
+    pub(crate) fn sequence(&self) -> u64 {
+        self.sequence.load(SeqCst)
+    }
+
+    /// Whether what was seen of the range since `sequence` was noted may have changed.
+    pub(crate) fn has_hit(&self, _: &Shared<'_>, sequence: u64, range: &Range<Hva>) -> bool {
+        let is_over = self.sequence() != sequence;
+        is_over
+            || self.start.load(SeqCst) < range.end.get()
+                && range.start.get() < self.end.load(SeqCst)
     }
 }
+
+/// The MMU lock, split by thread: shared in one shard, exclusive in all.
+#[derive(Debug, Default)]
+struct MmuLock([Padded<RwLock<()>>; SHARDS]);
 
 /// The MMU lock, shared.
-pub(crate) struct Shared<'a>(RwLockReadGuard<'a, Invalidations>);
+pub(crate) struct Shared<'a>(#[allow(dead_code, reason = "held")] RwLockReadGuard<'a, ()>);
 /// The MMU lock, exclusive.
-pub(crate) struct Exclusive<'a>(RwLockWriteGuard<'a, Invalidations>);
-
-impl Shared<'_> {
-    pub(crate) fn invalidations(&self) -> &Invalidations {
-        &self.0
-    }
-}
-
-impl Exclusive<'_> {
-    pub(crate) fn invalidations(&mut self) -> &mut Invalidations {
-        &mut self.0
-    }
-}
+pub(crate) struct Exclusive<'a>(
+    #[allow(dead_code, reason = "held")] [RwLockWriteGuard<'a, ()>; SHARDS],
+);
 
 /// What a change under the exclusive lock owes before the lock may be dropped.
 #[must_use = "flushes and tables are owed until `Mmu::finish`"]
@@ -185,8 +192,8 @@ impl Mmu {
             generation: AtomicU64::new(slots.generation),
             snapshot: ArcSwap::from_pointee(slots),
             srcu: Srcu::default(),
-            lock: RwLock::new(Invalidations::default()),
-            sequence: AtomicU64::new(0),
+            lock: MmuLock::default(),
+            invalidations: Invalidations::default(),
             roots: Mutex::new([None, None]),
             pool: Arc::new(TablePool::new(config.max_table_pages)),
             retired: Mutex::new(Vec::new()),
@@ -282,11 +289,13 @@ impl Mmu {
     }
 
     pub(crate) fn shared(&self) -> Shared<'_> {
-        Shared(sync::read(&self.lock))
+        Shared(sync::read(&self.lock.0[sync::shard()].0))
     }
 
     pub(crate) fn exclusive(&self) -> Exclusive<'_> {
-        Exclusive(sync::write(&self.lock))
+        Exclusive(std::array::from_fn(|shard| {
+            sync::write(&self.lock.0[shard].0)
+        }))
     }
 
     /// Sends a flush round and waits for it.
@@ -299,10 +308,6 @@ impl Mmu {
     /// of what the processor may cache).
     pub fn flush_all(&self) {
         self.flush(&Flush::All);
-    }
-
-    pub(crate) fn next_sequence(&self) {
-        self.sequence.fetch_add(1, SeqCst);
     }
 
     /// Records a write to a page, if its slot is logged.

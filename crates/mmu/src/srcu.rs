@@ -9,15 +9,17 @@
 //! counted itself before it loaded the snapshot, which was before the updater's store, which is
 //! before the updater reads the counters. So the updater sees it counted until it leaves. Turning
 //! new readers over to the other counter first only keeps them from starving the updater.
+//!
+//! The counters are split by thread, so that readers do not share a cache line.
 
-use crate::sync::{self, AtomicUsize, Mutex};
+use crate::sync::{self, AtomicUsize, Mutex, Padded, SHARDS};
 use std::sync::atomic::Ordering::SeqCst;
 
 /// The counters of one protected thing.
 #[derive(Debug, Default)]
 pub(crate) struct Srcu {
     side: AtomicUsize,
-    readers: [AtomicUsize; 2],
+    readers: [Padded<[AtomicUsize; 2]>; SHARDS],
     updater: Mutex<()>,
 }
 
@@ -31,7 +33,7 @@ impl Srcu {
     /// Enters a read section.
     #[inline]
     pub(crate) fn read(&self) -> ReadSection<'_> {
-        let readers = &self.readers[self.side.load(SeqCst) & 1];
+        let readers = &self.readers[sync::shard()].0[self.side.load(SeqCst) & 1];
         readers.fetch_add(1, SeqCst);
         ReadSection { readers }
     }
@@ -42,10 +44,12 @@ impl Srcu {
         let _one_at_a_time = sync::lock(&self.updater);
         for _ in 0..2 {
             let side = self.side.fetch_xor(1, SeqCst) & 1;
-            let mut turn = 0;
-            while self.readers[side].load(SeqCst) != 0 {
-                sync::pause(turn);
-                turn += 1;
+            for shard in &self.readers {
+                let mut turn = 0;
+                while shard.0[side].load(SeqCst) != 0 {
+                    sync::pause(turn);
+                    turn += 1;
+                }
             }
         }
     }

@@ -25,6 +25,26 @@ pub(crate) fn point() {
     shuttle::sync::atomic::AtomicBool::new(false).load(std::sync::atomic::Ordering::SeqCst);
 }
 
+/// Gives its content a cache line (and the one that is fetched along with it) of its own.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(crate) struct Padded<T>(pub(crate) T);
+
+/// How many ways the counters and locks that every fault passes through are split, so that faults of
+/// different threads do not pass a cache line back and forth.
+pub(crate) const SHARDS: usize = if cfg!(feature = "model") { 1 } else { 8 };
+
+/// The calling thread's shard.
+#[inline]
+pub(crate) fn shard() -> usize {
+    use std::sync::atomic::AtomicUsize as Plain;
+    static NEXT: Plain = Plain::new(0);
+    thread_local! {
+        static OWN: usize = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % SHARDS;
+    }
+    OWN.with(|own| *own)
+}
+
 /// One turn of waiting for another thread: spins first, then lets others run.
 #[inline]
 pub(crate) fn pause(turn: u32) {
