@@ -324,7 +324,7 @@ extern "C" fn on_fault(
         registers[libc::REG_RCX as usize] = 1;
         return;
     }
-    if signal == libc::SIGFPE && crate::vector::on_arithmetic_fault(registers) {
+    if crate::vector::on_stub_fault(registers) {
         return;
     }
     let which = SIGNALS.iter().position(|s| *s == signal).unwrap_or(0);

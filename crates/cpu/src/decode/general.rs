@@ -1018,7 +1018,20 @@ fn system(c: &Context<'_>, op: &mut Op) -> Choice {
             op.aux2 = u8::from(matches!(m, Mnemonic::Wrfsbase | Mnemonic::Wrgsbase));
             next(by_size!(c.operand_size(0), privileged::segment_base))
         }
-        Mnemonic::Pause => next(privileged::pause),
+        Mnemonic::Pause => {
+            // With REX.B the opcode is XCHG of R8, prefix or not.
+            let rex = c.bytes[c.bytes.len().saturating_sub(2)];
+            if c.long() && rex & 0xf1 == 0x41 {
+                (op.dst, op.src) = (0, 64);
+                let narrow = c.bytes.contains(&0x66);
+                return next(match (rex & 8 != 0, narrow) {
+                    (true, _) => data::xchg_reg::<u64>,
+                    (false, true) => data::xchg_reg::<u16>,
+                    (false, false) => data::xchg_reg::<u32>,
+                });
+            }
+            next(privileged::pause)
+        }
         Mnemonic::Monitor | Mnemonic::Mwait => {
             op.aux = u8::from(m == Mnemonic::Mwait);
             next(privileged::monitor)

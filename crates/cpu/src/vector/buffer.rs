@@ -1,4 +1,4 @@
-//! Executable memory for stubs, and the arithmetic faults that strike in them.
+//! Executable memory for stubs, and the faults that strike in them.
 //!
 //! The buffer is mapped twice, once writable and once executable, so that no page is both. It is
 //! reserved whole when it is first needed and never moves; stubs are never freed.
@@ -22,14 +22,17 @@ pub(crate) struct Buffer {
 /// What a stub works on besides processor state. `repr(C)`: stubs reach it by offset.
 #[repr(C, align(64))]
 pub(crate) struct Scratch {
-    /// The memory operand.
-    pub memory: [u8; 512],
+    /// The memory operand, with room for any misalignment.
+    pub memory: [u8; 512 + 64],
     /// The host's MXCSR while a stub runs with the guest's.
     pub host_mxcsr: u32,
     pub _pad: u32,
     /// RFLAGS in and out.
     pub flags: u64,
-    /// Set by the signal handler when the instruction raised #MF or #XM.
+    /// Address of the memory operand, in `memory`.
+    pub operand: u64,
+    /// The vector of the exception that the instruction raised, set by the signal handler; 0 for
+    /// none (no instruction run here divides integers).
     pub fault: u64,
     /// Where the stub goes on after such a fault.
     pub resume: u64,
@@ -38,7 +41,8 @@ pub(crate) struct Scratch {
 impl Scratch {
     pub(crate) fn new() -> Scratch {
         Scratch {
-            memory: [0; 512],
+            memory: [0; 512 + 64],
+            operand: 0,
             host_mxcsr: 0,
             _pad: 0,
             flags: 0,
@@ -106,9 +110,9 @@ impl Buffer {
     }
 }
 
-/// Deals with SIGFPE at `registers` if it struck in a stub: notes it in the scratch area, which
-/// RSI points to in every stub, and resumes where the stub says.
-pub(crate) fn on_arithmetic_fault(registers: &mut [libc::greg_t]) -> bool {
+/// Deals with a fault at `registers` if it struck in a stub: notes the vector in the scratch
+/// area, which RSI points to in every stub, and resumes where the stub says.
+pub(crate) fn on_stub_fault(registers: &mut [libc::greg_t]) -> bool {
     let start = START.load(Ordering::SeqCst);
     let rip = registers[libc::REG_RIP as usize] as u64;
     if start == 0 || rip.wrapping_sub(start) >= SIZE as u64 {
@@ -117,7 +121,7 @@ pub(crate) fn on_arithmetic_fault(registers: &mut [libc::greg_t]) -> bool {
     let scratch = registers[libc::REG_RSI as usize] as *mut Scratch;
     // SAFETY: code in the buffer runs only as stubs, whose RSI is their scratch area.
     unsafe {
-        (*scratch).fault = 1;
+        (*scratch).fault = registers[libc::REG_TRAPNO as usize] as u64;
         registers[libc::REG_RIP as usize] = (*scratch).resume as libc::greg_t;
     }
     true

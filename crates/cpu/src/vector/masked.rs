@@ -38,8 +38,8 @@ pub(super) fn select(c: &Context<'_>, op: &mut Op) -> Option<Handler> {
             Some(vmaskmov)
         }
         Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu | Mnemonic::Maskmovq => {
-            op.dst = number(0);
-            op.src = number(1);
+            op.dst = number(1);
+            op.src = number(2);
             op.aux = u8::from(i.mnemonic() == Mnemonic::Maskmovq);
             op.base = register_offset(Register::RDI) / 8;
             op.flags |= flag::MEMORY;
@@ -182,8 +182,10 @@ fn maskmov(cpu: &mut Vcpu, op: &Op) -> Flow {
     attempt!(cpu.check_family(family));
     let (length, data, mask) = if mmx {
         let area = &cpu.state.extended.0;
+        // The image holds the registers as the stack has them; MMX names them physically.
+        let top = area[3] >> 3 & 7;
         let register = |n: u8| {
-            let at = ExtendedState::ST + 16 * usize::from(n);
+            let at = ExtendedState::ST + 16 * usize::from(n.wrapping_sub(top) & 7);
             let mut value = [0; 32];
             value[..8].copy_from_slice(&area[at..at + 8]);
             value
@@ -204,6 +206,9 @@ fn maskmov(cpu: &mut Vcpu, op: &Op) -> Flow {
     if mmx {
         // Any MMX instruction makes all x87 registers valid and TOP zero.
         let area = &mut cpu.state.extended.0;
+        let top = usize::from(area[3] >> 3 & 7);
+        let registers = &mut area[ExtendedState::ST..ExtendedState::ST + 128];
+        registers.rotate_right(16 * top);
         area[4] = 0xff;
         area[3] &= !0x38;
     }

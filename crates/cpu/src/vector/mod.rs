@@ -16,7 +16,7 @@ use crate::decode::Context;
 use crate::op::{Handler, Op};
 use iced_x86::Mnemonic;
 
-pub(crate) use buffer::on_arithmetic_fault;
+pub(crate) use buffer::on_stub_fault;
 
 /// Chooses the handler and fills in the operands; `None` for instructions not of these families,
 /// or that cannot be run.

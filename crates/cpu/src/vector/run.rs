@@ -5,7 +5,7 @@ use super::stub::{self, Family, Stub};
 use crate::decode::Context;
 use crate::execute::attempt;
 use crate::op::{Flow, Handler, Op, Stop};
-use crate::state::{CpuState, LazyFlags};
+use crate::state::LazyFlags;
 use crate::vcpu::Vcpu;
 use arch::control_registers::{Cr0, Cr4, Xcr0};
 use arch::exception::Exception;
@@ -59,9 +59,11 @@ fn run(cpu: &mut Vcpu, op: &Op) -> Flow {
     attempt!(cpu.check_family(stub.family));
     let mut scratch = Scratch::new();
     let mut address = 0;
+    let mut misalignment = 0;
     if stub.memory != 0 {
         address = attempt!(cpu.address(op, stub.memory as u64, stub.writes));
-        if address & (stub.alignment as u64 - 1) != 0 {
+        misalignment = (address & 63) as usize;
+        if misalignment & (stub.alignment - 1) != 0 {
             cpu.general_protection();
             return Flow::Stop;
         }
@@ -69,36 +71,29 @@ fn run(cpu: &mut Vcpu, op: &Op) -> Flow {
             attempt!(cpu.check_write(address, stub.memory, op.segment));
         }
         if stub.reads {
-            attempt!(cpu.read_wide(address, op.segment, &mut scratch.memory[..stub.memory]));
+            let operand = &mut scratch.memory[misalignment..misalignment + stub.memory];
+            attempt!(cpu.read_wide(address, op.segment, operand));
         }
     }
     let pointers = cpu.x87_pointers();
     if stub.reads_flags {
         scratch.flags = cpu.state.flags.status() | 2;
     }
-    scratch.fault = 0;
-    scratch.resume = stub.resume;
-    // SAFETY: the stub follows the C calling convention, touches the two structures it is given
-    // and the caller-saved registers of the vector and x87 units, and leaves the host's control
-    // registers as they were.
-    unsafe {
-        let code: extern "C" fn(*mut CpuState, *mut Scratch) =
-            core::mem::transmute(stub.code as *const ());
-        code(&raw mut cpu.state, &raw mut scratch);
-    }
-    if scratch.fault != 0 {
-        let exception = match stub.family {
-            Family::Sse | Family::Avx => {
-                if cpu.state.cr4.contains(Cr4::OSXMMEXCPT) {
-                    Exception::Simd
-                } else {
-                    Exception::InvalidOpcode
-                }
-            }
-            _ => Exception::X87,
-        };
+    let fault = stub::run(
+        stub.code,
+        stub.resume,
+        &mut cpu.state,
+        &mut scratch,
+        misalignment,
+    );
+    if fault != 0 {
         cpu.set_x87_pointers(pointers);
-        cpu.raise(exception);
+        match Exception::from_vector(fault as u8) {
+            Some(Exception::Simd) if !cpu.state.cr4.contains(Cr4::OSXMMEXCPT) => cpu.undefined(),
+            Some(Exception::X87) => cpu.x87_error(),
+            Some(exception @ (Exception::Simd | Exception::InvalidOpcode)) => cpu.raise(exception),
+            _ => cpu.general_protection(),
+        };
         return Flow::Stop;
     }
     if stub.writes_flags {
@@ -112,7 +107,8 @@ fn run(cpu: &mut Vcpu, op: &Op) -> Flow {
         cpu.set_x87_pointers(pointers);
     }
     if stub.writes {
-        attempt!(cpu.write_bytes(address, op.segment, &scratch.memory[..stub.memory]));
+        let operand = &scratch.memory[misalignment..misalignment + stub.memory];
+        attempt!(cpu.write_bytes(address, op.segment, operand));
     }
     Flow::Next
 }
@@ -130,6 +126,12 @@ impl Vcpu {
 
     fn set_x87_pointers(&mut self, pointers: [u8; 18]) {
         self.state.extended.0[POINTERS].copy_from_slice(&pointers);
+    }
+
+    /// #MF, or with CR0.NE clear the external-interrupt way of old, which has no pin here and so
+    /// is #MF too.
+    fn x87_error(&mut self) -> Stop {
+        self.raise(Exception::X87)
     }
 
     fn update_x87_pointers(&mut self, op: &Op, mut pointers: [u8; 18], address: u64) {

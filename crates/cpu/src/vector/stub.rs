@@ -4,7 +4,7 @@
 //!   RDI = &CpuState, RSI = &Scratch
 //!   load the registers the instruction uses (or, for x87 and MMX, the whole FXSAVE image)
 //!   load the guest's MXCSR, if the instruction looks at it
-//!   the instruction, its memory operand replaced by [RSI], its integer register by RAX
+//!   the instruction, its memory operand replaced by [R8], its integer register by RAX
 //!   store MXCSR and what was written; put the host's control registers back
 //! ```
 //!
@@ -16,7 +16,7 @@ use crate::state::{CpuState, ExtendedState};
 use core::mem::offset_of;
 use iced_x86::{
     CpuidFeature, Encoder, EncodingKind, Instruction, InstructionInfoFactory, OpAccess, OpKind,
-    Register,
+    Register, RflagsBits,
 };
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -39,7 +39,7 @@ pub(super) enum Family {
 /// A generated stub.
 pub(super) struct Stub {
     pub code: u64,
-    /// Offset of the exit taken after a fault.
+    /// Address of the exit taken after a fault.
     pub resume: u64,
     pub family: Family,
     /// Bytes of the memory operand; 0 without one.
@@ -57,6 +57,14 @@ pub(super) struct Stub {
 }
 
 const EXTENDED: usize = offset_of!(CpuState, extended);
+
+/// The status flags of RFLAGS as `iced-x86` numbers them.
+const STATUS_FLAGS: u32 = RflagsBits::OF
+    | RflagsBits::SF
+    | RflagsBits::ZF
+    | RflagsBits::AF
+    | RflagsBits::CF
+    | RflagsBits::PF;
 
 const RDI: u8 = 7;
 const RSI: u8 = 6;
@@ -169,31 +177,48 @@ fn uses_mxcsr(instruction: &Instruction) -> bool {
     !quiet.iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// Alignment that the memory operand needs.
-fn alignment(instruction: &Instruction, size: usize) -> usize {
-    use iced_x86::Mnemonic as M;
+/// Alignment that the memory operand needs, found by trying: which instructions insist differs
+/// between processors.
+fn alignment(code: u64, resume: u64, size: usize) -> usize {
     if size < 16 {
         return 1;
     }
-    match instruction.mnemonic() {
-        M::Movups
-        | M::Movupd
-        | M::Movdqu
-        | M::Lddqu
-        | M::Pcmpestri
-        | M::Pcmpestrm
-        | M::Pcmpistri
-        | M::Pcmpistrm => 1,
-        M::Vmovaps
-        | M::Vmovapd
-        | M::Vmovdqa
-        | M::Vmovntps
-        | M::Vmovntpd
-        | M::Vmovntdq
-        | M::Vmovntdqa => size,
-        _ if instruction.code().encoding() == EncodingKind::Legacy => 16,
-        _ => 1,
+    let faults = |misalignment: usize| {
+        let mut state = Box::new(CpuState::reset());
+        let mut scratch = Scratch::new();
+        run(code, resume, &mut state, &mut scratch, misalignment) == GENERAL_PROTECTION
+    };
+    match (faults(1), size >= 32 && faults(16)) {
+        (_, true) => size,
+        (true, false) => 16,
+        (false, false) => 1,
     }
+}
+
+const GENERAL_PROTECTION: u64 = 13;
+
+/// Runs a stub's code with its memory operand at an address of that misalignment (below 64).
+/// Returns the vector of the exception it raised, 0 for none.
+pub(super) fn run(
+    code: u64,
+    resume: u64,
+    state: &mut CpuState,
+    scratch: &mut Scratch,
+    misalignment: usize,
+) -> u64 {
+    scratch.fault = 0;
+    scratch.resume = resume;
+    scratch.operand = scratch.memory.as_ptr() as u64 + misalignment as u64;
+    // SAFETY: the stub follows the C calling convention, touches the two structures it is given
+    // and the caller-saved registers of the vector and x87 units, and leaves the host's control
+    // registers as they were.
+    unsafe {
+        let code: extern "C" fn(*mut CpuState, *mut Scratch) =
+            core::mem::transmute(code as *const ());
+        code(state, scratch);
+    }
+    // SAFETY: the signal handler may have written the field, behind the compiler's back.
+    unsafe { (&raw const scratch.fault).read_volatile() }
 }
 
 /// The stub for an instruction, made now or before. `None` if it cannot be run this way.
@@ -229,7 +254,7 @@ fn rewrite(instruction: &Instruction) -> Option<Rewritten> {
                     return None;
                 }
                 host.set_segment_prefix(Register::None);
-                host.set_memory_base(Register::RSI);
+                host.set_memory_base(Register::R8);
                 host.set_memory_index(Register::None);
                 host.set_memory_index_scale(1);
                 host.set_memory_displacement64(0);
@@ -271,7 +296,6 @@ fn uses(instruction: &Instruction, renamed: Option<(usize, OpAccess)>) -> Uses {
     let mut factory = InstructionInfoFactory::new();
     let info = factory.info(instruction);
     let mut uses = Uses::default();
-    let address = [instruction.memory_base(), instruction.memory_index()];
     for used in info.used_registers() {
         let register = used.register();
         let writes = matches!(
@@ -286,10 +310,8 @@ fn uses(instruction: &Instruction, renamed: Option<(usize, OpAccess)>) -> Uses {
         } else if register.is_gpr() {
             let number = register.full_register().number();
             let explicit = renamed.is_some_and(|(guest, _)| guest == number);
-            let in_address = address.iter().any(|r| {
-                *r != Register::None && r.is_gpr() && r.full_register().number() == number
-            });
-            if !explicit && !in_address && number < 3 {
+            // One that is only part of the address is loaded in vain.
+            if !explicit && number < 3 {
                 uses.integers |= 1 << number;
                 if writes {
                     uses.integers_written |= 1 << number;
@@ -317,8 +339,9 @@ fn build(
     let xmm = |n: u8| EXTENDED + ExtendedState::XMM + 16 * usize::from(n);
     let high = |n: u8| EXTENDED + ExtendedState::YMM_HIGH + 16 * usize::from(n);
     let each = |set: u32| (0..16u8).filter(move |n| set >> n & 1 != 0);
-    let reads_flags = instruction.rflags_read() != 0;
-    let writes_flags = instruction.rflags_modified() != 0;
+    // The sets also name the x87 condition codes, which live in the status word.
+    let reads_flags = instruction.rflags_read() & STATUS_FLAGS != 0;
+    let writes_flags = instruction.rflags_modified() & STATUS_FLAGS != 0;
 
     let mut code = Code::default();
     if legacy_state || mxcsr {
@@ -346,6 +369,8 @@ fn build(
     if mxcsr {
         code.mxcsr(false, RDI, guest_mxcsr);
     }
+    code.bytes(&[0x4c, 0x8b]); // MOV R8, operand
+    code.operand(0, RSI, offset_of!(Scratch, operand));
     if reads_flags {
         code.0.push(0xff); // PUSH flags
         code.operand(6, RSI, flags);
@@ -391,6 +416,9 @@ fn build(
     code.0.push(0xc3);
     let resume = code.0.len();
     if legacy_state {
+        // A conversion that faults has switched to MMX state already.
+        code.bytes(&[0x48, 0x0f, 0xae]); // FXSAVE64
+        code.operand(0, RDI, EXTENDED);
         code.bytes(&[0xdb, 0xe2]); // FNCLEX
         code.bytes(&[0xdb, 0xe3]); // FNINIT
         code.mxcsr(false, RSI, scratch_mxcsr);
@@ -432,7 +460,7 @@ fn build(
                     | OpAccess::ReadCondWrite
             )
         }),
-        alignment: alignment(instruction, size),
+        alignment: alignment(address, address + resume as u64, size),
         reads_flags,
         writes_flags,
         sets_pointers: x87 && !is_control(instruction),
@@ -445,6 +473,8 @@ fn family(instruction: &Instruction, x87: bool, mmx: bool, avx: bool) -> Family 
         Family::Wait
     } else if x87 {
         Family::X87
+    } else if mmx && (0..instruction.op_count()).any(|n| instruction.op_register(n).is_xmm()) {
+        Family::Sse
     } else if mmx {
         Family::Mmx
     } else if avx {

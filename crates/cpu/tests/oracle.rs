@@ -1,0 +1,314 @@
+//! The host processor is the oracle: random user-level instructions run natively and on the
+//! software processor from the same state, and everything defined must agree.
+//!
+//! `EPTIDE_ORACLE_CASES` sets the number of cases (100,000 by default), `EPTIDE_ORACLE_SEED` the
+//! first seed. A failure prints the seed that repeats it alone.
+
+#[path = "oracle/generate.rs"]
+mod generate;
+mod guest;
+#[path = "oracle/native.rs"]
+mod native;
+
+use arch::exit::ExitReason;
+use eptide_cpu::{ExtendedState, Vcpu};
+use guest::{Guest, Memory};
+use iced_x86::Instruction;
+use native::Trap;
+
+/// Linear address of the code page, on both sides.
+pub const CODE: u64 = 0x3000_0000;
+/// Linear address of the data, on both sides; what follows it is not mapped.
+pub const DATA: u64 = 0x3010_0000;
+/// Bytes of data.
+pub const DATA_LEN: u64 = 0x4000;
+
+/// User-visible registers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct State {
+    pub gpr: [u64; 16],
+    pub rip: u64,
+    pub rflags: u64,
+    pub fpu: [u8; 832],
+}
+
+impl Default for State {
+    fn default() -> State {
+        let mut fpu = [0; 832];
+        fpu.copy_from_slice(&ExtendedState::initial().0[..832]);
+        State {
+            gpr: [0; 16],
+            rip: 0,
+            rflags: 2,
+            fpu,
+        }
+    }
+}
+
+/// Both sides.
+struct Bench {
+    native_code: Memory,
+    native_data: Memory,
+    guest: Guest,
+    guest_code: Memory,
+    guest_data: Memory,
+}
+
+const BREAKPOINT: u8 = 3;
+
+impl Bench {
+    fn new() -> Bench {
+        let all = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+        let native_code = Memory::at(CODE, 4096, all);
+        let native_data = Memory::at(DATA, DATA_LEN as usize, all & !libc::PROT_EXEC);
+        let mut guest = Guest::new(0x10000);
+        let guest_code = Memory::new(4096);
+        let guest_data = Memory::new(DATA_LEN as usize);
+        guest.ept.map(CODE, &guest_code, guest::EPT_RWX);
+        guest.ept.map(DATA, &guest_data, guest::EPT_RWX);
+        guest.long_mode(3);
+        // Small pages for the region of the test, so that its edges fault as on the host.
+        for i in 0..512 {
+            guest.memory.write_u64(0x3000 + 8 * i, 0);
+        }
+        let table = 0x5000;
+        guest.memory.write_u64(0x3000 + 8 * (CODE >> 21), table | 7);
+        guest
+            .memory
+            .write_u64(table + 8 * (CODE >> 12 & 511), CODE | 5);
+        for page in 0..DATA_LEN >> 12 {
+            let address = DATA + (page << 12);
+            guest
+                .memory
+                .write_u64(table + 8 * (address >> 12 & 511), address | 1 << 63 | 7);
+        }
+        assert_eq!(CODE >> 21, DATA >> 21);
+        guest.controls.exception_bitmap = u32::MAX;
+        native::install();
+        Bench {
+            native_code,
+            native_data,
+            guest,
+            guest_code,
+            guest_data,
+        }
+    }
+
+    fn run_guest(&mut self, state: &State) -> (State, Trap) {
+        let vcpu = &mut self.guest.vcpu;
+        vcpu.entered_from_user();
+        vcpu.state.regs[..16].copy_from_slice(&state.gpr);
+        vcpu.state.rip = state.rip;
+        vcpu.state.set_rflags(state.rflags | 0x202);
+        vcpu.state.extended.0[..832].copy_from_slice(&state.fpu);
+        let mut exit = self.guest.vcpu.enter(&self.guest.controls);
+        let mut guard = 0;
+        while exit.reason == ExitReason::ExternalInterrupt && guard < 3 {
+            exit = self.guest.vcpu.enter(&self.guest.controls);
+            guard += 1;
+        }
+        let vcpu = &self.guest.vcpu;
+        let mut out = State {
+            rip: vcpu.state.rip,
+            rflags: vcpu.state.rflags(),
+            ..State::default()
+        };
+        out.gpr.copy_from_slice(&vcpu.state.regs[..16]);
+        out.fpu.copy_from_slice(&vcpu.state.extended.0[..832]);
+        let trap = match exit.reason {
+            ExitReason::ExceptionOrNmi => Trap {
+                vector: exit.interruption_info.vector(),
+                address: exit.qualification,
+            },
+            other => panic!("unexpected exit {other:?}: {exit:?}"),
+        };
+        if trap.vector == BREAKPOINT {
+            // INT3 is a trap natively: RIP is past it.
+            out.rip += 1;
+        }
+        (out, trap)
+    }
+}
+
+/// RFLAGS bits that the comparison looks at.
+const FLAGS: u64 = 0x8d5 | 1 << 10;
+
+/// The one table of what the architecture leaves undefined, beyond the flags that `iced-x86`
+/// lists as undefined for an instruction.
+fn undefined_flags(i: &Instruction) -> u64 {
+    use iced_x86::{Mnemonic as M, RflagsBits as B};
+    let bits = i.rflags_undefined();
+    let mut mask = 0;
+    for (bit, flag) in [
+        (B::OF, 1u64 << 11),
+        (B::SF, 1 << 7),
+        (B::ZF, 1 << 6),
+        (B::AF, 1 << 4),
+        (B::CF, 1),
+        (B::PF, 1 << 2),
+    ] {
+        if bits & bit != 0 {
+            mask |= flag;
+        }
+    }
+    // Shifts by CL: what is undefined depends on the count.
+    if matches!(i.mnemonic(), M::Shl | M::Sal | M::Shr | M::Sar) {
+        mask |= 1 << 11 | 1 << 4;
+    }
+    if matches!(
+        i.mnemonic(),
+        M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
+    ) {
+        mask |= 1 << 11;
+    }
+    if matches!(i.mnemonic(), M::Shld | M::Shrd) {
+        mask |= 1 << 4;
+    }
+    mask
+}
+
+/// Instructions whose result the architecture leaves undefined for this state.
+fn undefined_result(i: &Instruction, state: &State) -> bool {
+    use iced_x86::Mnemonic as M;
+    let count = |imm: bool| {
+        if imm {
+            u64::from(i.immediate8())
+        } else {
+            state.gpr[1] & 0xff
+        }
+    };
+    match i.mnemonic() {
+        M::Shld | M::Shrd => {
+            let imm = i.op_kind(2) != iced_x86::OpKind::Register;
+            i.op_register(1).size() == 2 && count(imm) & 31 > 16
+        }
+        M::Shl | M::Sal | M::Shr | M::Sar => {
+            // CF is undefined for counts past the operand's width.
+            let imm = i.op_kind(1) != iced_x86::OpKind::Register;
+            let size = match i.op_kind(0) {
+                iced_x86::OpKind::Register => i.op_register(0).size(),
+                _ => i.memory_size().size(),
+            };
+            size < 4 && count(imm) & 31 > 8 * size as u64
+        }
+        M::Bswap => i.op_register(0).size() == 2,
+        _ => false,
+    }
+}
+
+struct Failure(String);
+
+fn compare(
+    i: &Instruction,
+    before: &State,
+    native: &(State, Trap),
+    guest: &(State, Trap),
+) -> Result<(), Failure> {
+    let fail = |what: String| Err(Failure(what));
+    if native.1.vector != guest.1.vector {
+        return fail(format!(
+            "vector: native {:?}, guest {:?}",
+            native.1, guest.1
+        ));
+    }
+    if native.1.vector == 14 && native.1.address != guest.1.address {
+        return fail(format!("fault address: {:x?} and {:x?}", native.1, guest.1));
+    }
+    let (n, g) = (&native.0, &guest.0);
+    if n.rip != g.rip {
+        return fail(format!("rip: native {:#x}, guest {:#x}", n.rip, g.rip));
+    }
+    for r in 0..16 {
+        if n.gpr[r] != g.gpr[r] {
+            return fail(format!(
+                "register {r}: native {:#x}, guest {:#x}",
+                n.gpr[r], g.gpr[r]
+            ));
+        }
+    }
+    let mask = FLAGS & !undefined_flags(i);
+    if native.1.vector == BREAKPOINT && (n.rflags ^ g.rflags) & mask != 0 {
+        return fail(format!(
+            "flags: native {:#x}, guest {:#x} of {mask:#x}",
+            n.rflags, g.rflags
+        ));
+    }
+    // The x87 instruction pointers and opcode differ by nature: each names its own side.
+    for range in [0..5, 24..28, 32..416, 576..832] {
+        for at in range {
+            let padding = (32..160).contains(&at) && at % 16 >= 10;
+            if !padding && n.fpu[at] != g.fpu[at] {
+                return fail(format!(
+                    "extended state at {at}: native {:02x?}, guest {:02x?}, before {:02x?}",
+                    &n.fpu[at & !15..(at & !15) + 16],
+                    &g.fpu[at & !15..(at & !15) + 16],
+                    &before.fpu[at & !15..(at & !15) + 16],
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name)
+        .ok()
+        .and_then(|v| v.parse().ok())
+        .unwrap_or(default)
+}
+
+#[test]
+fn instructions_agree_with_the_host() {
+    let cases = setting("EPTIDE_ORACLE_CASES", 100_000);
+    let first = setting("EPTIDE_ORACLE_SEED", 1);
+    let most = setting("EPTIDE_ORACLE_FAILURES", 20) as usize;
+    let features = Vcpu::host_features();
+    let mut bench = Bench::new();
+    let mut failures = Vec::new();
+    let mut seen = std::collections::HashMap::<String, u32>::new();
+    for seed in first..first + cases {
+        let mut random = generate::Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        random.next();
+        let (i, bytes) = generate::instruction(&mut random, &features);
+        let before = State {
+            rip: CODE,
+            ..generate::state(&mut random, &i)
+        };
+        if undefined_result(&i, &before) {
+            continue;
+        }
+        let mut code = bytes.clone();
+        code.push(0xcc);
+        let mut data = vec![0; DATA_LEN as usize];
+        for chunk in data.chunks_exact_mut(8) {
+            chunk.copy_from_slice(&random.next().to_le_bytes());
+        }
+        bench.native_code.write(0, &code);
+        bench.guest_code.write(0, &code);
+        bench.native_data.write(0, &data);
+        bench.guest_data.write(0, &data);
+        let native = native::run(&before);
+        let guest = bench.run_guest(&before);
+        let mut result = compare(&i, &before, &native, &guest);
+        if result.is_ok() && bench.native_data.bytes() != bench.guest_data.bytes() {
+            let at = (0..DATA_LEN as usize)
+                .find(|&at| bench.native_data.bytes()[at] != bench.guest_data.bytes()[at]);
+            result = Err(Failure(format!("memory at {at:x?}")));
+        }
+        if let Err(Failure(what)) = result {
+            let name = format!("{:?}", i.code());
+            let count = seen.entry(name.clone()).or_default();
+            *count += 1;
+            if *count == 1 {
+                failures.push(format!("seed {seed}: {name} {bytes:02x?}: {what}"));
+            }
+        }
+    }
+    failures.truncate(most);
+    assert!(
+        failures.is_empty(),
+        "{} forms disagree:\n{}",
+        seen.len(),
+        failures.join("\n")
+    );
+}
