@@ -50,7 +50,7 @@ pub(crate) struct Block {
     pub instructions: u32,
     /// Bytes of code.
     pub len: u16,
-    hva: u64,
+    pub(crate) hva: u64,
     bytes: Box<[u8]>,
     /// The last instruction's tail lies in the next linear page: nothing may be assumed about it.
     pub crosses: bool,

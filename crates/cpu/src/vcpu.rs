@@ -415,10 +415,15 @@ impl Vcpu {
     }
 
     /// A store hit decoded code: what is left of the running block may be stale.
+    ///
+    /// The block is dropped as well: the store may have hit another page than its own, whose
+    /// report would leave it in the cache with every instruction ending it.
     pub(crate) fn code_changed(&mut self) {
         if !self.current.is_null() {
             // SAFETY: the running block is kept until the next lookup even when it is dropped.
-            unsafe { &*self.current }.make_stale(crate::execute::stale);
+            let block = unsafe { &*self.current };
+            block.make_stale(crate::execute::stale);
+            self.code.drop_page(block.hva & !0xfff);
         }
     }
 
