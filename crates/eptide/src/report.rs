@@ -1,5 +1,6 @@
 //! What happened: milestones seen on the console and the counters at the end.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Write};
 use std::sync::{Arc, OnceLock};
@@ -87,15 +88,15 @@ pub(crate) struct Statistics {
     /// Guest instructions retired.
     pub(crate) instructions: Option<u64>,
     /// Exits from the guest by reason.
-    pub(crate) exits: Vec<(String, u64)>,
+    pub(crate) exits: BTreeMap<&'static str, u64>,
     /// EPT violations.
     pub(crate) ept_violations: Option<u64>,
     /// EPT misconfigurations: accesses to MMIO.
     pub(crate) ept_misconfigurations: Option<u64>,
     /// Lookups of the MMIO cache.
     pub(crate) mmio_cache: Option<HitRate>,
-    /// Lookups of the TLB.
-    pub(crate) tlb: Option<HitRate>,
+    /// Accesses that the TLB could not answer.
+    pub(crate) tlb_misses: Option<u64>,
 }
 
 /// Hits and misses of a cache.
@@ -158,18 +159,23 @@ impl fmt::Display for Report {
                 line(name, &Grouped(count))?;
             }
         }
-        for (name, rate) in [
-            ("MMIO cache hits", statistics.mmio_cache),
-            ("TLB hits", statistics.tlb),
-        ] {
-            if let Some(rate) = rate {
-                line(name, &rate)?;
-            }
+        if let Some(rate) = statistics.mmio_cache {
+            line("MMIO cache hits", &rate)?;
         }
-        let mut exits = statistics.exits.clone();
-        exits.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
-        for (reason, count) in exits.iter().filter(|(_, count)| *count != 0) {
-            line(&format!("exits: {reason}"), &Grouped(*count))?;
+        if let (Some(misses), Some(instructions)) = (statistics.tlb_misses, statistics.instructions)
+        {
+            let distance = Grouped(instructions / misses.max(1));
+            let text = format!("{}, one in {distance} instructions", Grouped(misses));
+            line("TLB misses", &text)?;
+        }
+        let mut exits: Vec<_> = statistics
+            .exits
+            .iter()
+            .filter(|(_, count)| **count != 0)
+            .collect();
+        exits.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+        for (reason, count) in exits {
+            line(reason, &Grouped(*count))?;
         }
         for (reason, count) in &self.user_exits {
             line(&format!("exits to user space: {reason}"), &Grouped(*count))?;
@@ -223,7 +229,7 @@ mod tests {
     fn the_report_shows_only_what_was_counted() {
         let statistics = Statistics {
             instructions: Some(2_000_000),
-            exits: vec![("HLT".into(), 3), ("CPUID".into(), 0)],
+            exits: BTreeMap::from([("HLT exits", 3), ("CPUID exits", 0)]),
             ..Default::default()
         };
         let report = Report {
@@ -233,7 +239,7 @@ mod tests {
             statistics,
         };
         let text = report.to_string();
-        assert!(text.contains("2 000 000 (1.0 million/s)") && text.contains("exits: HLT"));
+        assert!(text.contains("2 000 000 (1.0 million/s)") && text.contains("HLT exits"));
         assert!(!text.contains("CPUID") && !text.contains("EPT") && !text.contains("init"));
     }
 }

@@ -1,8 +1,8 @@
 //! What is asked of the KVM implementation beyond the KVM API: the paging mode and statistics.
 
-use kvm::{Kvm, VmFd};
+use kvm::{Kvm, VcpuFd, VmFd};
 
-use crate::report::Statistics;
+use crate::report::{HitRate, Statistics};
 
 /// The KVM implementation cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -10,20 +10,49 @@ pub(crate) enum Unsupported {
     /// No KVM at all.
     #[error("KVM cannot be opened: {0}")]
     Open(kvm::Error),
-    /// `--ept` is not possible.
-    #[error("--ept cannot be chosen with this KVM implementation")]
-    Ept,
+    /// `--ept=off`.
+    #[error("--ept=off: shadow paging is not there yet; guests run with two-dimensional paging")]
+    ShadowPaging,
 }
 
 /// Opens KVM.
 pub(crate) fn open(ept: Option<bool>) -> Result<Kvm, Unsupported> {
-    if ept.is_some() {
-        return Err(Unsupported::Ept);
+    match ept {
+        Some(false) => Err(Unsupported::ShadowPaging),
+        Some(true) | None => Kvm::new().map_err(Unsupported::Open),
     }
-    Kvm::new().map_err(Unsupported::Open)
 }
 
-/// The VM's counters.
-pub(crate) fn statistics(_vm: &VmFd) -> Statistics {
-    Statistics::default()
+/// Adds the counters of one processor.
+pub(crate) fn add_processor(statistics: &mut Statistics, vcpu: &VcpuFd) {
+    if let Ok(processor) = vcpu.cpu_statistics() {
+        *statistics.instructions.get_or_insert(0) += processor.instructions;
+        *statistics.tlb_misses.get_or_insert(0) += processor.tlb_misses;
+    }
+    for (name, count) in vcpu.exit_statistics().unwrap_or_default() {
+        *statistics.exits.entry(name).or_default() += count;
+    }
+}
+
+/// Adds the counters of the MMU, which all processors share.
+pub(crate) fn add_mmu(statistics: &mut Statistics, vm: &VmFd) {
+    let counters = vm.mmu_statistics();
+    let sum = |names: &[&str]| -> u64 {
+        let chosen = counters.iter().filter(|(name, _)| names.contains(name));
+        chosen.map(|(_, count)| count).sum()
+    };
+    // Every misconfiguration ends in exactly one of these.
+    let cached = sum(&["mmio_cached"]);
+    let uncached = sum(&[
+        "mmio_by_entry",
+        "mmio_stale",
+        "mmio_vanished",
+        "mmio_invalid",
+    ]);
+    statistics.ept_misconfigurations = Some(cached + uncached);
+    statistics.ept_violations = Some(sum(&["faults"]).saturating_sub(cached + uncached));
+    statistics.mmio_cache = Some(HitRate {
+        hits: cached,
+        misses: uncached,
+    });
 }

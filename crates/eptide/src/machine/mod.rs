@@ -179,6 +179,7 @@ pub(crate) struct Machine {
     loops: Vec<EventLoop>,
     input: Option<terminal::Receiver>,
     stop: Stop,
+    signals: Signals,
     milestones: Milestones,
     // Mapped into the guest for as long as the VM lives.
     memory: GuestMemory,
@@ -201,6 +202,8 @@ impl Machine {
             .map(|disk| Block::open(&disk.path, disk.read_only));
         let disks: Vec<Block> = disks.collect::<Result<_, _>>()?;
 
+        // Before the first thread is started: the KVM implementation has threads of its own.
+        let signals = Signals::block()?;
         let kvm = hypervisor::open(config.ept)?;
         check_cpus(&kvm, config.cpus)?;
         let vm = Arc::new(create_vm(&kvm, &memory)?);
@@ -213,6 +216,7 @@ impl Machine {
             loops: Vec::new(),
             input: None,
             stop: Stop::new()?,
+            signals,
             milestones: Milestones::default(),
             memory,
         };
@@ -349,10 +353,8 @@ impl Machine {
 
     /// Runs the machine until it stops, the terminal attached.
     pub(crate) fn run(mut self) -> Result<(Outcome, Report), MachineError> {
-        vcpu::install_kick_handler().map_err(call("signal handler"))?;
         let mut main_loop = EventLoop::new(self.stop.clone())?;
-        let signals = Signals::block()?;
-        signals.serve(&mut main_loop, self.stop.clone())?;
+        self.signals.serve(&mut main_loop, self.stop.clone())?;
         let terminal = RawTerminal::enter()?;
         if let Some(receive) = self.input.take() {
             let stop = self.stop.clone();
@@ -374,6 +376,7 @@ impl Machine {
             mmio: Arc::new(std::mem::take(&mut self.mmio)),
             stop: self.stop.clone(),
             exits: Arc::default(),
+            statistics: Arc::default(),
         };
         self.milestones.start();
         let started = Instant::now();
@@ -388,6 +391,12 @@ impl Machine {
 
         let outcome = self.stop.outcome().expect("the loop ends only on a stop");
         let exits = &environment.exits;
+        let mut statistics = environment
+            .statistics
+            .lock()
+            .unwrap_or_else(|poison| poison.into_inner())
+            .clone();
+        hypervisor::add_mmu(&mut statistics, &self.vm);
         let report = Report {
             elapsed,
             time_to_init: self.milestones.time_to_init(),
@@ -396,7 +405,7 @@ impl Machine {
                 ("MMIO", exits.mmio.load(Ordering::Relaxed)),
                 ("interrupted", exits.interrupted.load(Ordering::Relaxed)),
             ],
-            statistics: hypervisor::statistics(&self.vm),
+            statistics,
         };
         Ok((outcome, report))
     }

@@ -1,23 +1,22 @@
 //! Virtual processors: their state before the first instruction and the thread that runs each.
 
-use std::cell::Cell;
-use std::ptr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use kvm::{VcpuExit, VcpuFd};
+use kvm::{Interrupter, VcpuExit, VcpuFd};
 use kvm_bindings::{
     KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_fpu,
-    kvm_lapic_state, kvm_msr_entry, kvm_run,
+    kvm_lapic_state, kvm_msr_entry,
 };
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::boot;
 use super::bus::Bus;
 use super::cpuid::Topology;
+use super::hypervisor;
 use super::kernel::Entry;
 use super::outcome::{Outcome, Stop};
+use crate::report::Statistics;
 
 const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
 const MSR_IA32_MISC_ENABLE_FAST_STRING: u64 = 1;
@@ -112,41 +111,6 @@ fn set_delivery_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {
     }
 }
 
-thread_local! {
-    /// The `kvm_run` of the processor that this thread runs, for the signal handler.
-    static RUN: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
-}
-
-/// Leaves `KVM_RUN`. A signal that arrives just before the call would be lost without the flag.
-extern "C" fn kick_handler(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // A thread that is being torn down has no thread-locals left and runs no guest.
-    let _ = RUN.try_with(|run| {
-        let run = run.get();
-        if !run.is_null() {
-            // SAFETY: the pointer is the kvm_run mapping of the processor this very thread runs;
-            // it is cleared before the mapping goes away. The byte is written only here and by
-            // this thread's own run loop.
-            unsafe { ptr::write_volatile(&raw mut (*run).immediate_exit, 1) };
-        }
-    });
-}
-
-/// Clears the thread's pointer to its `kvm_run` before the mapping goes away.
-struct RunPointer;
-
-impl RunPointer {
-    fn publish(vcpu: &mut VcpuFd) -> Self {
-        RUN.set(ptr::from_mut(vcpu.get_kvm_run()));
-        Self
-    }
-}
-
-impl Drop for RunPointer {
-    fn drop(&mut self) {
-        RUN.set(ptr::null_mut());
-    }
-}
-
 /// Exits to user space, by kind.
 #[derive(Debug, Default)]
 pub(crate) struct UserExits {
@@ -162,16 +126,19 @@ pub(crate) struct Environment {
     pub(crate) mmio: Arc<Bus>,
     pub(crate) stop: Stop,
     pub(crate) exits: Arc<UserExits>,
+    pub(crate) statistics: Arc<Mutex<Statistics>>,
 }
 
 /// A processor's thread.
 pub(crate) struct VcpuThread {
     handle: JoinHandle<()>,
+    interrupter: Interrupter,
 }
 
 impl VcpuThread {
     /// Starts running `vcpu`.
     pub(crate) fn spawn(vcpu: VcpuFd, id: u32, environment: Environment) -> std::io::Result<Self> {
+        let interrupter = vcpu.interrupter();
         let handle = std::thread::Builder::new()
             .name(format!("vcpu {id}"))
             .spawn(move || {
@@ -183,15 +150,15 @@ impl VcpuThread {
                     )));
                 }
             })?;
-        Ok(Self { handle })
+        Ok(Self {
+            handle,
+            interrupter,
+        })
     }
 
     /// Makes the thread leave `KVM_RUN`.
     pub(crate) fn kick(&self) {
-        use std::os::unix::thread::JoinHandleExt;
-        // SAFETY: the thread has not been joined, so its id is valid; the handler for the signal
-        // was installed before any processor was started.
-        unsafe { libc::pthread_kill(self.handle.as_pthread_t() as _, SIGRTMIN()) };
+        self.interrupter.interrupt();
     }
 
     /// Whether the thread has ended.
@@ -200,13 +167,7 @@ impl VcpuThread {
     }
 }
 
-/// Installs the handler that [`VcpuThread::kick`] relies on.
-pub(crate) fn install_kick_handler() -> Result<(), kvm::Error> {
-    register_signal_handler(SIGRTMIN(), kick_handler)
-}
-
 fn run_loop(mut vcpu: VcpuFd, id: u32, environment: &Environment) {
-    let _pointer = RunPointer::publish(&mut vcpu);
     while environment.stop.outcome().is_none() {
         match vcpu.run() {
             Ok(exit) => {
@@ -221,7 +182,6 @@ fn run_loop(mut vcpu: VcpuFd, id: u32, environment: &Environment) {
                         .exits
                         .interrupted
                         .fetch_add(1, Ordering::Relaxed);
-                    vcpu.set_kvm_immediate_exit(0);
                 }
                 libc::EAGAIN => {}
                 _ => {
@@ -231,6 +191,11 @@ fn run_loop(mut vcpu: VcpuFd, id: u32, environment: &Environment) {
             },
         }
     }
+    let mut statistics = environment
+        .statistics
+        .lock()
+        .unwrap_or_else(|poison| poison.into_inner());
+    hypervisor::add_processor(&mut statistics, &vcpu);
 }
 
 /// Serves one exit; returns why the machine stops, if it does.
