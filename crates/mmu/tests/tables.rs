@@ -1,16 +1,14 @@
 //! What becomes of tables: splits, recovery, reclaim, teardown, ageing; and bad slots.
-#![cfg(all(not(miri), not(feature = "model")))]
+#![cfg(not(feature = "model"))]
 
 mod machine;
 
 use arch::addr::{Gfn, Gpa, Hva};
 use arch::paging::Level;
 use eptide_mmu::{
-    AddressSpace, Config, ConfigError, DirtyMethod, FaultResult, MemoryRegion, Mmu, SlotError,
-    SlotId,
+    AddressSpace, Config, ConfigError, DirtyMethod, FaultResult, MemoryRegion, SlotError, SlotId,
 };
-use machine::{Cpu, Idle, Outcome, Ram, delete, mmu, region};
-use std::sync::Arc;
+use machine::{Cpu, Outcome, Ram, delete, mmu, region};
 
 const MIB: u64 = 1 << 20;
 
@@ -280,7 +278,7 @@ fn bad_slots_are_refused_by_name_and_change_nothing() {
 
 #[test]
 fn contradictory_configurations_are_refused() {
-    let refused = |config| Mmu::new(config, Arc::new(Idle)).unwrap_err();
+    let refused = |config| machine::try_mmu(config).unwrap_err();
     let with = Config::default();
     assert_eq!(
         refused(Config { levels: 3, ..with }),

@@ -10,13 +10,15 @@ use arch::paging::{
     Exchange, Level, TableMemory,
 };
 use eptide_mmu::{
-    AddressSpace, Config, Entry, FaultResult, Flush, MemoryRegion, Mmu, Processors, SlotError, Vcpu,
+    AddressSpace, Config, ConfigError, Entry, FaultResult, Flush, HostAccess, HostMemory,
+    MemoryRegion, Mmu, Processors, SlotError, Vcpu,
 };
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Host memory, aligned to 1 GiB of address so that huge pages can be congruent.
+/// Host memory, aligned so that huge pages can be congruent.
 pub struct Ram {
     mapping: *mut libc::c_void,
     mapped: usize,
@@ -36,19 +38,21 @@ impl Ram {
 
     pub fn aligned(size: u64, align: u64) -> Self {
         let mapped = (size + align) as usize;
+        // Miri knows no unreserved mappings; there, nothing touches most of the memory.
+        let unreserved = if cfg!(miri) { 0 } else { libc::MAP_NORESERVE };
         // SAFETY: a new mapping at an address the kernel chooses.
         let mapping = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 mapped,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | unreserved,
                 -1,
                 0,
             )
         };
         assert_ne!(mapping, libc::MAP_FAILED);
-        let base = (mapping as u64).next_multiple_of(align);
+        let base = (mapping.expose_provenance() as u64).next_multiple_of(align);
         Self {
             mapping,
             mapped,
@@ -70,7 +74,7 @@ impl Ram {
 
     pub fn word(&self, offset: u64) -> &AtomicU64 {
         // SAFETY: inside the mapping, aligned.
-        unsafe { &*((self.base + offset) as *const AtomicU64) }
+        unsafe { &*std::ptr::with_exposed_provenance((self.base + offset) as usize) }
     }
 }
 
@@ -198,7 +202,8 @@ impl Cpu {
     pub fn store(&mut self, gpa: u64, value: u64) -> Outcome {
         self.access_with(gpa, EptAccess::WRITE, |hva| {
             // SAFETY: an address that the tables gave, in guest mode.
-            unsafe { &*(hva as *const AtomicU64) }.store(value, Ordering::Release);
+            unsafe { &*std::ptr::with_exposed_provenance::<AtomicU64>(hva as usize) }
+                .store(value, Ordering::Release);
         })
     }
 
@@ -289,8 +294,25 @@ impl Cpu {
     }
 }
 
+/// An MMU on the memory of this process. Miri knows no way to ask the kernel about it.
+pub fn try_mmu(config: Config) -> Result<Arc<Mmu>, ConfigError> {
+    if cfg!(miri) {
+        Mmu::with_host(config, Arc::new(Idle), Box::new(AlwaysThere))
+    } else {
+        Mmu::new(config, Arc::new(Idle))
+    }
+}
+
 pub fn mmu(config: Config) -> Arc<Mmu> {
-    Mmu::new(config, Arc::new(Idle)).unwrap()
+    try_mmu(config).unwrap()
+}
+
+/// Host memory that is taken to be there.
+pub struct AlwaysThere;
+impl HostMemory for AlwaysThere {
+    fn populate(&self, _: Range<Hva>, _: HostAccess) -> bool {
+        true
+    }
 }
 
 pub fn region(number: u16, base: u64, size: u64, hva: Hva) -> MemoryRegion {
