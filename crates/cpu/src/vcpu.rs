@@ -424,6 +424,7 @@ impl Vcpu {
             let block = unsafe { &*self.current };
             block.make_stale(crate::execute::stale);
             self.code.drop_page(block.hva & !0xfff);
+            self.update_jump_key();
         }
     }
 

@@ -91,13 +91,11 @@ pub(crate) fn block(bytes: &[u8], offset: u64, mode: CodeMode, features: &Featur
         instructions += 1;
         len += size;
         if ends == Ends::Yes {
-            return Decoded {
-                ops,
-                len,
-                instructions,
-            };
+            break;
         }
     }
+    // Also behind an instruction that ends the block: its handler may still say "next", for the
+    // case in which it changes nothing that the rest of the block relies on.
     if instructions > 0 {
         ops.push(new_op(offset + len as u64, 0, control::fall_through));
     }
@@ -113,13 +111,10 @@ pub(crate) fn one(bytes: &[u8], offset: u64, mode: CodeMode, features: &Features
     let mut decoder = decoder(bytes, offset, mode);
     let instruction = decoder.decode();
     let len = decoder.position().max(1);
-    let (op, ends) = translate(&instruction, &bytes[..len], offset, mode, features);
-    let mut ops = vec![op];
-    if ends == Ends::No {
-        ops.push(new_op(offset + len as u64, 0, control::fall_through));
-    }
+    let (op, _) = translate(&instruction, &bytes[..len], offset, mode, features);
+    let rest = new_op(offset + len as u64, 0, control::fall_through);
     Decoded {
-        ops,
+        ops: vec![op, rest],
         len,
         instructions: 1,
     }

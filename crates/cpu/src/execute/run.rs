@@ -98,6 +98,9 @@ impl Vcpu {
     #[inline(never)]
     fn find_block(&mut self, rip: u64, linear: u64) -> Result<*const Block, Stop> {
         self.statistics.block_lookups += 1;
+        // The lookup frees dropped blocks, the one that ran last perhaps among them; a store made
+        // while delivering a fault of this very lookup must not touch it.
+        self.current = core::ptr::null();
         if self.long64 {
             if !self.is_canonical(rip) {
                 return Err(self.general_protection());
