@@ -381,10 +381,9 @@ impl Vcpu {
             let segment = self.state.segments[name as usize];
             let access = segment.access;
             let conforming = access.has(AccessRights::CODE | AccessRights::EC);
+            // A null segment stays as it is: 64-bit systems keep bases of FS and GS under null
+            // selectors across returns to user mode.
             if access.usable() && !conforming && access.dpl() < level {
-                self.put_segment(name, Segment::UNUSABLE);
-            } else if !access.usable() {
-                // A null selector loses its RPL and its base.
                 self.put_segment(name, Segment::UNUSABLE);
             }
         }
