@@ -99,8 +99,9 @@ impl Gate {
         }
     }
 
-    /// Puts the vCPU into guest mode unless it owes a flush. While [`Entry::Ready`] lasts, other
-    /// threads may kick it and wait for [`Gate::exit`].
+    /// Puts the vCPU into guest mode unless it owes a flush. Until [`Gate::exit`] other threads may
+    /// kick it and wait for that, holding the MMU's lock: the vCPU's thread must run the guest and
+    /// leave, and call nothing of the MMU in between.
     #[inline]
     pub fn enter(&self) -> Entry {
         self.begin(GUEST);

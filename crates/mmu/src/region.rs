@@ -40,6 +40,7 @@ impl Mmu {
             Change::Flags(old, new) => self.change_flags(&current, &old, new),
         }
         self.counters.slot_changes.add(1);
+        tracing::debug!(?region, "memslot changed");
         if self.generation.load(SeqCst) & GENERATION_MASK == 0 {
             // Entries of 2^19 changes ago would pass for current ones.
             self.zap_all();

@@ -80,7 +80,7 @@ pub(crate) fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
         .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// The mutants: each removes one check or ordering that the models must miss.
+/// The mutants: each removes one check or ordering that the models must notice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Mutant {
@@ -98,6 +98,8 @@ pub enum Mutant {
     NoGenerationCheck,
     /// Table pages are freed without waiting for processors and readers.
     FreeWithoutFlush,
+    /// Making all roots invalid flushes after the lock is dropped.
+    ZapAllUnlocked,
 }
 
 #[cfg(feature = "model")]

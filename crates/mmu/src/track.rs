@@ -105,16 +105,16 @@ impl Mmu {
                 huge.push(leaf.first..leaf.first.wrapping_add(leaf.level.pages()));
                 return;
             }
-            let changed = leaf.cell.update(|entry| {
+            leaf.cell.update(|entry| {
                 entry.is_leaf(Level::PTE).then(|| match restriction {
                     Restriction::Write => entry.write_tracked(),
                     Restriction::Execute => entry.execute_protected(),
                 })
             });
-            if changed.is_some() {
-                owed.flush_range(leaf.first..leaf.first.wrapping_add(1));
-            }
         });
+        // Always: a fault that saw the page's new state before the lock was taken may have put a
+        // leaf with fewer rights in its place already, and flushed nothing.
+        owed.flush_range(range);
         for range in huge {
             self.zap_range(&exclusive, space, &range, &mut owed);
         }

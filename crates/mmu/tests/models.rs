@@ -177,7 +177,7 @@ fn a_fault_races_with_a_replaced_table() {
 /// took, or in the log by then.
 #[test]
 fn a_write_races_with_reading_the_log() {
-    fn model() {
+    fn model(is_zapped: bool) {
         let mmu = mmu(small());
         mmu.set_memory_region(&log_dirty(region(0, 0, 0x10000, HVA)))
             .unwrap();
@@ -188,7 +188,7 @@ fn a_write_races_with_reading_the_log() {
         let guest = {
             let memory = Arc::clone(&memory);
             thread::spawn(move || {
-                for value in 1..=2 {
+                for value in 1..=3 {
                     cpu.access_with(PAGE, EptAccess::WRITE, |_| {
                         point();
                         memory.store(value, SeqCst);
@@ -196,6 +196,10 @@ fn a_write_races_with_reading_the_log() {
                 }
             })
         };
+        let zapper = is_zapped.then(|| {
+            let mmu = Arc::clone(&mmu);
+            thread::spawn(move || mmu.zap_all())
+        });
         let mut seen = 0;
         for _ in 0..2 {
             let before = memory.load(SeqCst);
@@ -219,7 +223,11 @@ fn a_write_races_with_reading_the_log() {
             "the last write is not in the last log"
         );
     }
-    check(model, &[Mutant::NoFastPathMark, Mutant::NoFlushWait]);
+    check(
+        || model(false),
+        &[Mutant::NoFastPathMark, Mutant::NoFlushWait],
+    );
+    check(|| model(true), &[Mutant::ZapAllUnlocked]);
 }
 
 /// A vCPU stores to a device while a slot is put in its place and tables are reclaimed: each store

@@ -47,14 +47,46 @@ pub struct Memslot {
 /// State of a slot's pages that outlives a change of flags.
 #[derive(Debug)]
 pub(crate) struct PageState {
-    /// Users that track writes, per page; made when first needed.
-    tracked: OnceLock<Box<[AtomicU16]>>,
-    /// One access byte per page; made when first needed.
-    access: OnceLock<Box<[AtomicU8]>>,
+    /// Users that track writes, per page.
+    tracked: Sparse<AtomicU16>,
+    /// One access byte per page.
+    access: Sparse<AtomicU8>,
     /// Reasons against a huge page, per 2 MiB and per 1 GiB.
     disallow: [Box<[AtomicU32]>; 2],
     /// What is known of the host memory, per `1 << PROBE_SHIFT` bytes of host address.
     probed: Box<[AtomicU8]>,
+}
+
+/// A value per page of which few differ from the default: made by the block when first needed.
+#[derive(Debug)]
+struct Sparse<T> {
+    blocks: Box<[OnceLock<Box<[T]>>]>,
+}
+
+/// Pages in a block of a [`Sparse`].
+const BLOCK: u64 = 4096;
+
+impl<T: Default> Sparse<T> {
+    fn new(pages: u64) -> Self {
+        Self {
+            blocks: (0..pages.div_ceil(BLOCK))
+                .map(|_| OnceLock::new())
+                .collect(),
+        }
+    }
+
+    /// The page's value, unless it has never been anything but the default.
+    #[inline]
+    fn get(&self, index: u64) -> Option<&T> {
+        let block = self.blocks[(index / BLOCK) as usize].get()?;
+        Some(&block[(index % BLOCK) as usize])
+    }
+
+    fn get_or_make(&self, index: u64) -> &T {
+        let make = || (0..BLOCK).map(|_| T::default()).collect();
+        let block = self.blocks[(index / BLOCK) as usize].get_or_init(make);
+        &block[(index % BLOCK) as usize]
+    }
 }
 
 /// What probing host memory has shown.
@@ -94,8 +126,8 @@ impl PageState {
             .map(|_| AtomicU8::new(Probed::Unknown as u8))
             .collect();
         Self {
-            tracked: OnceLock::new(),
-            access: OnceLock::new(),
+            tracked: Sparse::new(pages),
+            access: Sparse::new(pages),
             disallow: [huge(Level::PDE), huge(Level::PDPTE)],
             probed,
         }
@@ -219,14 +251,13 @@ impl Memslot {
     pub(crate) fn is_tracked(&self, gfn: Gfn) -> bool {
         self.state
             .tracked
-            .get()
-            .is_some_and(|t| t[self.index(gfn) as usize].load(SeqCst) != 0)
+            .get(self.index(gfn))
+            .is_some_and(|users| users.load(SeqCst) != 0)
     }
 
     /// Adds a user; true if it is the first. `None` when there are too many to count.
     pub(crate) fn track(&self, gfn: Gfn) -> Option<bool> {
-        let make = || (0..self.pages).map(|_| AtomicU16::new(0)).collect();
-        let counter = &self.state.tracked.get_or_init(make)[self.index(gfn) as usize];
+        let counter = self.state.tracked.get_or_make(self.index(gfn));
         let before = counter
             .try_update(SeqCst, SeqCst, |users| users.checked_add(1))
             .ok()?;
@@ -238,7 +269,7 @@ impl Memslot {
 
     /// Removes a user; true if it was the last. `None` when there was none.
     pub(crate) fn untrack(&self, gfn: Gfn) -> Option<bool> {
-        let counter = &self.state.tracked.get()?[self.index(gfn) as usize];
+        let counter = self.state.tracked.get(self.index(gfn))?;
         let before = counter
             .try_update(SeqCst, SeqCst, |users| users.checked_sub(1))
             .ok()?;
@@ -253,15 +284,13 @@ impl Memslot {
     /// Whether a fetch from the frame traps.
     #[inline]
     pub(crate) fn traps_execution(&self, gfn: Gfn) -> bool {
-        self.state.access.get().is_some_and(|bytes| {
-            bytes[self.index(gfn) as usize].load(SeqCst) & ACCESS_TRAP_EXECUTE != 0
-        })
+        let access = self.state.access.get(self.index(gfn));
+        access.is_some_and(|byte| byte.load(SeqCst) & ACCESS_TRAP_EXECUTE != 0)
     }
 
     /// Sets or clears the trap of one frame; true if that was a change.
     pub(crate) fn set_execution_trap(&self, gfn: Gfn, is_trapped: bool) -> bool {
-        let make = || (0..self.pages).map(|_| AtomicU8::new(0)).collect();
-        let byte = &self.state.access.get_or_init(make)[self.index(gfn) as usize];
+        let byte = self.state.access.get_or_make(self.index(gfn));
         let before = if is_trapped {
             byte.fetch_or(ACCESS_TRAP_EXECUTE, SeqCst)
         } else {

@@ -2,6 +2,7 @@
 
 use super::root::Root;
 use super::table::{OwnedTable, TablePage};
+use crate::config::DirtyMethod;
 use crate::gate::Flush;
 use crate::memslot::AddressSpace;
 use crate::mmu::{Exclusive, Mmu, Owed};
@@ -140,8 +141,22 @@ impl Mmu {
     }
 
     /// Drops every translation: the roots are made invalid at once, processors load others at
-    /// their next entry, and the old tables are taken apart without any lock.
+    /// their next entry, and the old tables are taken apart afterwards, without the lock.
+    ///
+    /// The flush must be over before the lock is dropped. Otherwise:
+    ///
+    /// ```text
+    ///   here                        reader of the log              vCPU, in guest mode
+    ///   takes the roots away
+    ///                               takes bits, finds no root to
+    ///                               protect, owes no flush
+    ///                                                              writes by its old translation
+    ///   flush
+    /// ```
     pub fn zap_all(&self) {
+        tracing::debug!("all roots made invalid");
+        self.counters.zap_all.add(1);
+        let exclusive = self.exclusive();
         let roots: Vec<Arc<Root>> = sync::lock(&self.roots)
             .iter_mut()
             .filter_map(Option::take)
@@ -149,13 +164,20 @@ impl Mmu {
         for root in &roots {
             root.invalidate();
         }
-        self.counters.zap_all.add(1);
-        self.flush(&Flush::All);
-        // Whoever walks under the shared lock has begun before the roots became invalid.
-        drop(self.exclusive());
+        let exclusive = if is_mutant(Mutant::ZapAllUnlocked) {
+            drop(exclusive);
+            self.flush(&Flush::All);
+            None
+        } else {
+            self.flush(&Flush::All);
+            // Dirty flags must be in the log before anybody reads it again.
+            let is_needed = self.config.dirty_method != DirtyMethod::WriteProtect;
+            is_needed.then_some(exclusive)
+        };
         for root in roots {
             self.empty(root.dead_table(), root.space(), root.level(), Gfn::new(0));
         }
+        drop(exclusive);
     }
 
     /// Makes room at the table limit: unlinks last-level tables, going round the address spaces,
@@ -171,6 +193,10 @@ impl Mmu {
         }
         self.counters.table_reclaimed.add(owed.tables.len() as u64);
         let has_found = !owed.tables.is_empty();
+        tracing::debug!(
+            tables = owed.tables.len(),
+            "table limit reached: reclaiming"
+        );
         self.finish(exclusive, owed);
         if !has_found {
             // Upper tables only: rare, and rebuilt quickly.
