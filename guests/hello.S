@@ -33,7 +33,7 @@ _start:
         lea     newline(%rip), %rsi
         call    print
 
-        # Memory that nobody has touched yet: one EPT violation a page.
+        # Memory that nobody has touched yet: EPT violations, one for each page (or large page).
         lea     touching(%rip), %rsi
         call    print
         mov     $MEMORY, %rdi
@@ -45,7 +45,7 @@ _start:
         lea     done(%rip), %rsi
         call    print
 
-        # A device register: one EPT misconfiguration a read.
+        # A device register: EPT misconfigurations, one for each read.
         lea     reading(%rip), %rsi
         call    print
         mov     $VIRTIO_MMIO, %edi

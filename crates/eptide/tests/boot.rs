@@ -1,0 +1,261 @@
+//! Stock Debian kernels boot, work and stop as they should.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use common::{demo, folder, long_tests, run};
+
+#[test]
+fn one_processor_boots_to_power_off_without_a_complaint() {
+    if !long_tests() {
+        return;
+    }
+    let transcript = run(&mut demo(
+        "one",
+        "uname -r; cat /proc/cpuinfo; dmesg | grep -i x2apic",
+    ));
+    transcript.expect_status(0).expect_health();
+    transcript
+        .expect("Run /init as init process")
+        .expect("reboot: Power down");
+    transcript
+        .expect("Hypervisor detected: KVM")
+        .expect("hypervisor: KVM");
+    transcript
+        .expect("clock source: kvm-clock")
+        .expect("x2apic");
+    let flags: Vec<&str> = transcript.after("flags\t\t: ").split(' ').collect();
+    for flag in [
+        "fpu",
+        "tsc",
+        "apic",
+        "sse2",
+        "syscall",
+        "nx",
+        "lm",
+        "x2apic",
+        "hypervisor",
+    ] {
+        assert!(flags.contains(&flag), "no {flag} in {flags:?}");
+    }
+    assert_eq!(transcript.after("cpu cores\t: "), "1");
+    for line in ["time to init", "time in all"] {
+        assert!(transcript.messages.contains(line), "{}", transcript.text());
+    }
+}
+
+#[test]
+fn two_processors_write_an_ext4_disk_that_the_host_finds_clean() {
+    if !long_tests() {
+        return;
+    }
+    let disk = folder("two-disk").join("disk.img");
+    fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
+    tool("mke2fs", &["-q", "-t", "ext4"], &disk);
+    let script = "
+        mount -t ext4 /dev/vda /mnt
+        dd if=/dev/urandom of=/mnt/file bs=64k count=64 2>/dev/null
+        echo \"sum: $(sha256sum < /mnt/file)\"
+        mkdir /mnt/folder && seq 1 200 | while read n; do echo $n > /mnt/folder/$n; done
+        sync && umount /mnt && echo unmounted
+    ";
+    let transcript = run(demo("two", script)
+        .args(["--cpus", "2", "--disk"])
+        .arg(&disk));
+    transcript.expect_status(0).expect_health();
+    transcript
+        .expect("Brought up 1 node, 2 CPUs")
+        .expect("unmounted");
+
+    tool("e2fsck", &["-f", "-n"], &disk);
+    let copy = disk.with_file_name("copy");
+    tool(
+        "debugfs",
+        &["-R", &format!("dump file {}", copy.display())],
+        &disk,
+    );
+    let sum = Command::new("sha256sum")
+        .arg(&copy)
+        .output()
+        .unwrap()
+        .stdout;
+    let sum = String::from_utf8(sum).unwrap();
+    assert_eq!(transcript.after("sum: ")[..64], sum[..64]);
+}
+
+/// Runs one of e2fsprogs on an image; it must succeed.
+fn tool(name: &str, arguments: &[&str], image: &Path) {
+    // Debian keeps these where ordinary users' PATH does not look.
+    let path = format!(
+        "{}:/usr/sbin:/sbin",
+        std::env::var("PATH").unwrap_or_default()
+    );
+    let output = Command::new("env")
+        .env("PATH", path)
+        .arg(name)
+        .args(arguments)
+        .arg(image)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{name}: {output:?}");
+}
+
+#[test]
+fn four_processors_under_load_corrupt_nothing() {
+    if !long_tests() {
+        return;
+    }
+    let script = r#"
+        seq 1 20000 > /tmp/reference
+        expected=$(sha256sum < /tmp/reference)
+        end=$(($(date +%s) + 60))
+        worker() {
+            rounds=0
+            while [ "$(date +%s)" -lt "$end" ]; do
+                [ "$(seq 1 20000 | sha256sum)" = "$expected" ] || echo "corrupt: seq"
+                gzip < /tmp/reference | gunzip | cmp - /tmp/reference || echo "corrupt: gzip"
+                dd if=/tmp/reference of=/tmp/copy.$1 bs=777 2>/dev/null
+                [ "$(sha256sum < /tmp/copy.$1)" = "$expected" ] || echo "corrupt: copy"
+                rounds=$((rounds + 1))
+            done
+            echo "worker $1 made $rounds rounds"
+        }
+        for n in 1 2 3 4 5 6; do worker $n & done
+        wait
+        echo "all workers done"
+    "#;
+    let transcript = run(demo("load", script).args(["--cpus", "4"]));
+    transcript.expect_status(0).expect_health();
+    transcript
+        .expect("Brought up 1 node, 4 CPUs")
+        .expect("all workers done");
+    assert!(
+        !transcript.console.contains("corrupt:"),
+        "{}",
+        transcript.text()
+    );
+    for worker in 1..=6 {
+        assert_ne!(
+            transcript.after(&format!("worker {worker} made ")),
+            "0 rounds"
+        );
+    }
+}
+
+#[test]
+fn a_crashed_kernel_reboots() {
+    if !long_tests() {
+        return;
+    }
+    let script = "echo c > /proc/sysrq-trigger";
+    let transcript = run(demo("crash", script).args(["--append", "panic=1"]));
+    transcript
+        .expect_status(3)
+        .expect("Kernel panic - not syncing: sysrq triggered crash");
+    assert!(
+        transcript.messages.contains("asked for a reset"),
+        "{}",
+        transcript.text()
+    );
+}
+
+#[test]
+fn every_way_to_reset_has_its_status() {
+    if !long_tests() {
+        return;
+    }
+    for (way, status) in [("acpi", 3), ("kbd", 3), ("triple", 4)] {
+        let reboot = format!("reboot={way}");
+        let mut command = demo("reset", "reboot -f");
+        run(command.args(["--append", &reboot]))
+            .expect_status(status)
+            .expect_health();
+    }
+}
+
+#[test]
+fn a_dozen_modules_load() {
+    if !long_tests() {
+        return;
+    }
+    const MODULES: [&str; 12] = [
+        "loop",
+        "dummy",
+        "veth",
+        "bridge",
+        "tun",
+        "xfs",
+        "btrfs",
+        "fuse",
+        "isofs",
+        "udf",
+        "nbd",
+        "virtio_net",
+    ];
+    let mut command = demo("modules", "lsmod; echo \"loaded: $(lsmod | wc -l)\"");
+    for module in MODULES {
+        command.args(["--module", module]);
+    }
+    let transcript = run(&mut command);
+    transcript.expect_status(0).expect_health();
+    assert!(
+        !transcript.console.contains("could not load"),
+        "{}",
+        transcript.text()
+    );
+    for module in MODULES {
+        transcript.expect(&format!("\n{module} "));
+    }
+}
+
+#[test]
+fn the_kernel_can_change_its_own_code() {
+    if !long_tests() {
+        return;
+    }
+    // The function tracer patches the entry of every kernel function and back; static keys patch
+    // jumps; both with other processors running.
+    let script = r#"
+        mount -t tracefs tracefs /sys/kernel/tracing
+        cd /sys/kernel/tracing
+        grep -q function available_tracers || echo "no function tracer"
+        for round in 1 2 3; do
+            echo function > current_tracer
+            ls -l / > /dev/null
+            [ "$(head -n 50 trace | grep -c '<-')" -gt 10 ] && echo "round $round traced"
+            echo nop > current_tracer
+        done
+        cat /proc/sys/kernel/ftrace_enabled
+    "#;
+    let transcript = run(demo("ftrace", script).args(["--cpus", "2"]));
+    transcript.expect_status(0).expect_health();
+    for round in 1..=3 {
+        transcript.expect(&format!("round {round} traced"));
+    }
+}
+
+#[test]
+fn the_virtio_console_can_be_the_terminal() {
+    if !long_tests() {
+        return;
+    }
+    let transcript =
+        run(demo("hvc0", "echo on $(readlink /proc/$$/fd/1)").args(["--console", "hvc0"]));
+    transcript.expect_status(0).expect("on /dev/hvc0");
+}
+
+#[test]
+fn the_distribution_kernel_boots_too() {
+    if !long_tests() {
+        return;
+    }
+    let mut command = demo("distribution", "uname -v");
+    let transcript = run(command.args(["--kernel-package", "linux-image-amd64"]));
+    transcript
+        .expect_status(0)
+        .expect_health()
+        .expect("clock source: kvm-clock");
+}

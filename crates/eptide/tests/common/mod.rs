@@ -1,0 +1,167 @@
+//! Running the `eptide` command on guests.
+
+#![allow(dead_code)] // each test program uses its own part
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// The longest any guest may take. Far beyond what is normal: a guest that hangs must not hang CI.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Whether tests that boot kernels are to run. Says so when not.
+pub(crate) fn long_tests() -> bool {
+    let wanted = std::env::var_os("EPTIDE_LONG_TESTS").is_some();
+    if !wanted {
+        eprintln!("skipped: boots a kernel; set EPTIDE_LONG_TESTS=1 to run it");
+    }
+    wanted
+}
+
+/// A folder for one test's files, empty.
+pub(crate) fn folder(test: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(test);
+    let _ = fs::remove_dir_all(&folder);
+    fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+/// Path of one of the project's own guests.
+pub(crate) fn own_guest(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../guests")
+        .join(name)
+}
+
+/// What a run left behind.
+#[derive(Debug)]
+pub(crate) struct Transcript {
+    /// Exit status.
+    pub(crate) status: Option<i32>,
+    /// The guest's console.
+    pub(crate) console: String,
+    /// What `eptide` itself said.
+    pub(crate) messages: String,
+}
+
+impl Transcript {
+    /// The rest of the first console line that contains `start`, after it.
+    pub(crate) fn after(&self, start: &str) -> &str {
+        let line = self.console.lines().find_map(|line| line.split_once(start));
+        line.unwrap_or_else(|| panic!("no {start:?} in:\n{}", self.text()))
+            .1
+            .trim()
+    }
+
+    /// Everything, for the message of a failing test.
+    pub(crate) fn text(&self) -> String {
+        format!(
+            "status {:?}\n{}\n{}",
+            self.status, self.console, self.messages
+        )
+    }
+
+    /// Asserts that the console holds `text`.
+    pub(crate) fn expect(&self, text: &str) -> &Self {
+        assert!(
+            self.console.contains(text),
+            "no {text:?} in:\n{}",
+            self.text()
+        );
+        self
+    }
+
+    /// Asserts how the run ended.
+    pub(crate) fn expect_status(&self, status: i32) -> &Self {
+        assert_eq!(self.status, Some(status), "{}", self.text());
+        self
+    }
+
+    /// Asserts that the kernel complained about nothing.
+    pub(crate) fn expect_health(&self) -> &Self {
+        const COMPLAINTS: [&str; 14] = [
+            "WARNING: CPU",
+            "BUG:",
+            "Oops",
+            "Call Trace",
+            "general protection fault",
+            "Kernel panic",
+            "unstable",
+            "Unstable",
+            "clocksource: timekeeping watchdog",
+            "soft lockup",
+            "hard LOCKUP",
+            "detected stalls",
+            "hung_task",
+            "traps:",
+        ];
+        for complaint in COMPLAINTS {
+            assert!(
+                !self.console.contains(complaint),
+                "{complaint:?} in:\n{}",
+                self.text()
+            );
+        }
+        self
+    }
+}
+
+/// Starts `eptide` and waits for its end.
+pub(crate) fn run(command: &mut Command) -> Transcript {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let console = reader(child.stdout.take().unwrap());
+    let messages = reader(child.stderr.take().unwrap());
+    let status = wait(&mut child);
+    let text = |thread: thread::JoinHandle<Vec<u8>>| {
+        String::from_utf8_lossy(&thread.join().unwrap()).replace('\r', "")
+    };
+    Transcript {
+        status,
+        console: text(console),
+        messages: text(messages),
+    }
+}
+
+fn reader(mut stream: impl Read + Send + 'static) -> thread::JoinHandle<Vec<u8>> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = stream.read_to_end(&mut bytes);
+        bytes
+    })
+}
+
+/// The child's exit status; `None` if it had to be killed or a signal ended it.
+pub(crate) fn wait(child: &mut Child) -> Option<i32> {
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status.code();
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    None
+}
+
+/// The command under test.
+pub(crate) fn eptide() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_eptide"))
+}
+
+/// `eptide demo` with a script to run in the guest.
+pub(crate) fn demo(test: &str, script: &str) -> Command {
+    let path = folder(test).join("script");
+    fs::write(&path, format!("#!/bin/busybox sh\n{script}")).unwrap();
+    let mut command = eptide();
+    command.arg("demo").arg("--script").arg(path);
+    command
+}
