@@ -34,7 +34,13 @@ const WITHHELD: &[Feature] = &[
     Feature::OSVW,
     Feature::WAITPKG,
     Feature::RTM,
+    // PKRU is not among the extended-state components offered, and systems expect it there.
+    Feature::PKU,
 ];
+
+/// Features that would work but cost guests something, so that only a host that has them is a
+/// reason to offer them: a fifth level makes every walk longer.
+const AS_HOST: &[Feature] = &[Feature::LA57];
 
 /// Signature leaf of KVM's paravirtual features.
 pub const KVM_SIGNATURE: u32 = 0x4000_0000;
@@ -78,7 +84,9 @@ fn host(leaf: u32, subleaf: u32) -> Output {
 /// The features that can be offered to a guest.
 pub fn supported_features() -> Features {
     let mut features = cpu::Vcpu::host_features().with(EMULATED);
-    for &feature in DYNAMIC.iter().chain(WITHHELD) {
+    let own = Features::read(host);
+    let absent = AS_HOST.iter().filter(|&&feature| !own.has(feature));
+    for &feature in DYNAMIC.iter().chain(WITHHELD).chain(absent) {
         features.remove(feature);
     }
     features
@@ -245,14 +253,8 @@ fn extended_leaves(features: &Features, entries: &mut Vec<kvm_cpuid_entry2>) {
                 entries.push(entry(leaf, None, Output([0, 0, 0, output.0[3] & 1 << 8])));
             }
             0x8000_0008 => {
-                let linear = output.0[0] & 0xff00;
-                let widths = max_physical_bits() as u32 | linear.clamp(48 << 8, 57 << 8);
-                let linear_48 = !features.has(Feature::LA57);
-                let widths = if linear_48 {
-                    widths & 0xff | 48 << 8
-                } else {
-                    widths
-                };
+                let linear = if features.has(Feature::LA57) { 57 } else { 48 };
+                let widths = max_physical_bits() as u32 | linear << 8;
                 entries.push(entry(
                     leaf,
                     None,
