@@ -674,7 +674,9 @@ impl LocalApic {
             reg::LVT_TIMER..=reg::LVT_ERROR if offset & 0xf == 0 => {
                 let index = ((offset - reg::LVT_TIMER) >> 4) as usize;
                 let writable = LVT_WRITABLE[index];
-                if x2apic && value & !(writable | 1 << 12) != 0 {
+                // Delivery status and remote IRR are read-only, not reserved: kernels write them
+                // back.
+                if x2apic && value & !(writable | 1 << 12 | 1 << 14) != 0 {
                     return Err(Illegal);
                 }
                 let mut value = value & writable;
