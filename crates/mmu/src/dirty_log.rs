@@ -136,7 +136,14 @@ impl Mmu {
             for (offset, &mask) in bitmap[..words].iter().enumerate() {
                 let index = first as usize / 64 + offset;
                 let taken = log.take(index, mask);
-                mmu.protect_word(&exclusive, slot, index, taken, &mut owed);
+                // A flag that was not collected yet is of a write before the clearing, too.
+                let is_by_flags = mmu.config.dirty_method == DirtyMethod::DirtyFlags;
+                let pages = if is_by_flags {
+                    mask & in_slot(slot, index)
+                } else {
+                    taken
+                };
+                mmu.protect_word(&exclusive, slot, index, pages, &mut owed);
             }
             mmu.finish(exclusive, owed);
             Ok(())
@@ -231,6 +238,16 @@ fn check_range(slot: &Memslot, first: u64, pages: u64) -> Result<(), DirtyLogErr
         Ok(())
     } else {
         Err(DirtyLogError::BadRange { first, pages })
+    }
+}
+
+/// The bits of a word that stand for pages of the slot.
+fn in_slot(slot: &Memslot, word: usize) -> u64 {
+    let rest = slot.pages() - word as u64 * 64;
+    if rest >= 64 {
+        u64::MAX
+    } else {
+        (1 << rest) - 1
     }
 }
 

@@ -37,6 +37,8 @@ pub enum FaultResult {
     /// Something changed while the fault was handled: run the guest, which may fault again.
     Retry,
     /// There is no memory to access: emulate the instruction, whose access is MMIO at that address.
+    /// A misconfiguration does not say what was tried: where it was the fetch of the instruction
+    /// itself, the emulator finds no bytes there, which is an emulation failure.
     Mmio(MmioAccess),
     /// The page's writes are tracked: emulate the instruction, whose write KVM makes and reports to
     /// the trackers.

@@ -11,11 +11,19 @@ use std::collections::VecDeque;
 #[derive(Debug, Default)]
 pub(crate) struct NxSplits(Mutex<VecDeque<(AddressSpace, Gfn, Level)>>);
 
+/// How many tables are kept in mind.
+const MAX_NOTED: usize = 1 << 16;
+
 impl Mmu {
     pub(crate) fn note_nx_split(&self, space: AddressSpace, gfn: Gfn, level: Level) {
         self.counters.nx_split.add(1);
         let first = gfn.align_down(level.pages());
-        sync::lock(&self.nx_splits.0).push_back((space, first, level));
+        let mut splits = sync::lock(&self.nx_splits.0);
+        // Who never recovers need not pay for it: the oldest are forgotten.
+        if splits.len() == MAX_NOTED {
+            splits.pop_front();
+        }
+        splits.push_back((space, first, level));
     }
 
     /// Unlinks up to `max` of the tables that instruction fetches put in the place of huge pages,

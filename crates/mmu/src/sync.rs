@@ -33,6 +33,7 @@ pub(crate) struct Padded<T>(pub(crate) T);
 /// How many ways the counters and locks that every fault passes through are split, so that faults of
 /// different threads do not pass a cache line back and forth.
 pub(crate) const SHARDS: usize = if cfg!(feature = "model") { 1 } else { 8 };
+const _: () = assert!(SHARDS.is_power_of_two());
 
 /// The calling thread's shard.
 #[inline]
@@ -40,7 +41,7 @@ pub(crate) fn shard() -> usize {
     use std::sync::atomic::AtomicUsize as Plain;
     static NEXT: Plain = Plain::new(0);
     thread_local! {
-        static OWN: usize = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % SHARDS;
+        static OWN: usize = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed) & (SHARDS - 1);
     }
     OWN.with(|own| *own)
 }

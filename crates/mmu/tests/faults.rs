@@ -417,3 +417,51 @@ fn tracked_pages_give_writes_to_the_tracker() {
         assert!(untrack().is_err());
     }
 }
+
+#[test]
+fn a_dumped_walk_reads_like_this() {
+    let ram = Ram::new(4 * MIB);
+    let mmu = mmu(Config {
+        prefetch: 0,
+        ..Config::default()
+    });
+    let logged = MemoryRegion {
+        flags: 1,
+        ..region(0, 0, MIB, ram.hva())
+    };
+    mmu.set_memory_region(&logged).unwrap();
+    mmu.set_memory_region(&region(
+        1,
+        2 * MIB,
+        2 * MIB,
+        ram.hva().wrapping_add(2 * MIB),
+    ))
+    .unwrap();
+    let mut cpu = Cpu::new(&mmu, 0);
+    cpu.read(0x5000);
+    cpu.write(2 * MIB);
+    cpu.write(0xfee0_0000);
+    let dump = |gpa| {
+        let text = mmu.dump_walk(&cpu.vcpu, Gpa::new(gpa));
+        // Without the raw entries and the addresses of this process.
+        let line = |line: &str| {
+            let words = line
+                .split_whitespace()
+                .filter(|word| !word.starts_with("0x"));
+            words.collect::<Vec<_>>().join(" ").replace(" at", "")
+        };
+        text.lines().skip(1).map(line).collect::<Vec<_>>()
+    };
+    let upper = ["level 4: rwxA- table", "level 3: rwxA- table"];
+    let table = "level 2: rwxA- table";
+    let expected = |rest: &[&'static str]| [&upper[..], rest].concat();
+    assert_eq!(
+        dump(0x5000),
+        expected(&[table, "level 1: r-xA- page, write-protected"])
+    );
+    assert_eq!(dump(0x6000), expected(&[table, "level 1: empty"]));
+    assert_eq!(dump(2 * MIB), expected(&["level 2: rwxAD page"]));
+    let mmio = "level 1: MMIO, gfn generation 2";
+    let below_3_gib = ["level 4: rwxA- table", "level 3: rwxA- table", table, mmio];
+    assert_eq!(dump(0xfee0_0000), below_3_gib);
+}

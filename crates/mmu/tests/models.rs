@@ -218,6 +218,9 @@ fn a_write_races_with_reading_the_log() {
             );
         }
         guest.join().unwrap();
+        if let Some(zapper) = zapper {
+            zapper.join().unwrap();
+        }
         assert!(
             memory.load(SeqCst) == seen || take(&mmu),
             "the last write is not in the last log"

@@ -186,6 +186,13 @@ impl Cpu {
         }
     }
 
+    /// Enters or leaves system management mode, with the flush that a processor does which does not
+    /// tell EPTPs apart.
+    pub fn set_address_space(&mut self, space: AddressSpace) {
+        self.vcpu.set_address_space(space);
+        self.tlb.clear();
+    }
+
     pub fn read(&mut self, gpa: u64) -> Outcome {
         self.access(gpa, EptAccess::READ)
     }
