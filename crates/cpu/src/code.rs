@@ -11,6 +11,7 @@
 //! translations of the page, at every execution. Guest stores come through
 //! [`crate::machine::Machine`].
 
+use crate::decode::Decoded;
 use crate::host;
 use crate::machine::Unsettled;
 use crate::op::Op;
@@ -46,6 +47,8 @@ impl CodeMode {
 pub(crate) struct Block {
     /// The instructions; the last one always ends the block.
     pub ops: Box<[Op]>,
+    /// What executes the first instruction alone, where its op executes two.
+    pub first: crate::op::Handler,
     /// Guest instructions among them.
     pub instructions: u32,
     /// Bytes of code.
@@ -193,11 +196,16 @@ impl CodeCache {
         &mut self,
         hva: u64,
         mode: CodeMode,
-        ops: Vec<Op>,
+        decoded: Decoded,
         bytes: &[u8],
-        instructions: u32,
         unsettled: Option<Unsettled>,
     ) -> *const Block {
+        let Decoded {
+            ops,
+            first,
+            instructions,
+            ..
+        } = decoded;
         if self.ops > MAX_OPS {
             self.clear();
         }
@@ -210,6 +218,7 @@ impl CodeCache {
         }
         let block = Box::new(Block {
             ops: ops.into_boxed_slice(),
+            first,
             instructions,
             len: bytes.len() as u16,
             hva,

@@ -155,12 +155,13 @@ impl Vcpu {
     }
 
     fn emulate_one(&mut self, saved: &crate::state::CpuState) -> Emulated {
-        let op = match self.single_op() {
-            Ok(op) => op,
+        let block = match self.single_block() {
+            Ok(block) => block,
             Err(Stop) => return self.emulation_stopped(saved),
         };
-        // SAFETY: the block of `op` is kept until the next lookup, which comes after its use.
-        let op = unsafe { &*op };
+        // SAFETY: the block is kept until the next lookup, which comes after its use.
+        let block = unsafe { &*block };
+        let op = &block.ops[0];
         if let Some(observer) = self.observer {
             let mut bytes = [0; 15];
             let bytes = &mut bytes[..op.len.min(15).into()];
@@ -178,7 +179,7 @@ impl Vcpu {
         self.state.interruptibility.remove(shadow);
         self.state.rflags_rest &= !resume;
         self.countdown -= 1;
-        if self.execute_single(op) {
+        if self.execute_single(block) {
             self.state.interruptibility.insert(shadow);
             self.state.rflags_rest |= resume;
             return self.emulation_stopped(saved);

@@ -47,6 +47,8 @@ macro_rules! by_condition {
     };
 }
 
+pub(super) use by_condition;
+
 fn next(handler: Handler) -> Choice {
     Some((handler, Ends::No))
 }
@@ -321,7 +323,7 @@ fn moves(c: &Context<'_>, op: &mut Op) -> Choice {
             next(data::direction)
         }
         _ => {
-            let condition = condition(c)?;
+            let condition = condition(c.instruction)?;
             let name = i.mnemonic();
             if is_cmov(name) {
                 let size = reg_rm(c, op, 1);
@@ -341,9 +343,9 @@ fn moves(c: &Context<'_>, op: &mut Op) -> Choice {
 }
 
 /// The condition of Jcc, SETcc and CMOVcc, in their opcodes' encoding.
-fn condition(c: &Context<'_>) -> Option<u8> {
+pub(super) fn condition(instruction: &iced_x86::Instruction) -> Option<u8> {
     use iced_x86::ConditionCode as Cc;
-    Some(match c.instruction.condition_code() {
+    Some(match instruction.condition_code() {
         Cc::None => return None,
         Cc::o => 0,
         Cc::no => 1,
@@ -781,7 +783,7 @@ fn transfers(c: &Context<'_>, op: &mut Op) -> Choice {
     let long = c.long();
     if i.is_jcc_short_or_near() {
         op.aux = near_target(c, op);
-        let condition = condition(c)?;
+        let condition = condition(c.instruction)?;
         return last(if long {
             by_condition!(condition, control::jcc)
         } else {

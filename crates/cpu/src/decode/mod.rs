@@ -4,6 +4,7 @@
 //! chooses handlers for general-purpose and system instructions, [`crate::vector`] for x87, MMX,
 //! SSE and AVX. What neither knows, or what CPUID does not offer ([`offered`]), raises #UD.
 
+mod fuse;
 mod general;
 mod offered;
 
@@ -21,6 +22,8 @@ const MAX_INSTRUCTIONS: u32 = 64;
 /// A decoded run of instructions.
 pub(crate) struct Decoded {
     pub ops: Vec<Op>,
+    /// What executes the first instruction alone, where its op executes two.
+    pub first: Handler,
     /// Bytes decoded; 0 if the first instruction does not end within what was given.
     pub len: usize,
     pub instructions: u32,
@@ -71,7 +74,9 @@ fn decoder(bytes: &[u8], offset: u64, mode: CodeMode) -> Decoder<'_> {
 pub(crate) fn block(bytes: &[u8], offset: u64, mode: CodeMode, features: &Features) -> Decoded {
     let mut decoder = decoder(bytes, offset, mode);
     let mut instruction = Instruction::default();
-    let mut ops = Vec::with_capacity(12);
+    let mut ops: Vec<Op> = Vec::with_capacity(12);
+    let mut first: Handler = control::undefined;
+    let mut previous = Instruction::default();
     let mut len = 0;
     let mut instructions = 0;
     while len < bytes.len() && instructions < MAX_INSTRUCTIONS {
@@ -87,6 +92,14 @@ pub(crate) fn block(bytes: &[u8], offset: u64, mode: CodeMode, features: &Featur
             mode,
             features,
         );
+        if instructions == 0 {
+            first = op.handler.get();
+        } else if let Some(fused) = fuse::with_jcc(&previous, &instruction, mode)
+            && let Some(last) = ops.last()
+        {
+            last.handler.set(fused);
+        }
+        previous = instruction;
         ops.push(op);
         instructions += 1;
         len += size;
@@ -101,6 +114,7 @@ pub(crate) fn block(bytes: &[u8], offset: u64, mode: CodeMode, features: &Featur
     }
     Decoded {
         ops,
+        first,
         len,
         instructions,
     }
@@ -114,6 +128,7 @@ pub(crate) fn one(bytes: &[u8], offset: u64, mode: CodeMode, features: &Features
     let (op, _) = translate(&instruction, &bytes[..len], offset, mode, features);
     let rest = new_op(offset + len as u64, 0, control::fall_through);
     Decoded {
+        first: op.handler.get(),
         ops: vec![op, rest],
         len,
         instructions: 1,
@@ -165,6 +180,14 @@ pub(crate) fn register_offset(register: Register) -> u8 {
     }
 }
 
+/// Size in bytes of an instruction's operand `n`.
+fn operand_size_of(instruction: &Instruction, n: u32) -> usize {
+    match instruction.op_kind(n) {
+        OpKind::Register => instruction.op_register(n).size(),
+        _ => instruction.memory_size().size(),
+    }
+}
+
 /// A segment register's index; 6 (base zero, no checks) for none.
 pub(crate) fn segment_index(register: Register) -> u8 {
     match register {
@@ -195,10 +218,7 @@ impl Context<'_> {
 
     /// Size in bytes of operand `n`.
     pub(crate) fn operand_size(&self, n: u32) -> usize {
-        match self.instruction.op_kind(n) {
-            OpKind::Register => self.instruction.op_register(n).size(),
-            _ => self.instruction.memory_size().size(),
-        }
+        operand_size_of(self.instruction, n)
     }
 
     /// Byte offset of register operand `n`.
@@ -296,7 +316,7 @@ mod tests {
         let decoded = decode(&[0xff, 0xc0, 0xeb, 0xfe, 0x90], 0x10);
         assert_eq!(
             (decoded.len, decoded.instructions, decoded.ops.len()),
-            (4, 2, 2)
+            (4, 2, 3)
         );
         assert_eq!(decoded.ops[1].imm, 0x12);
     }

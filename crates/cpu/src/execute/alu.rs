@@ -140,6 +140,7 @@ unary!(Neg, |a, _f| subtract(T::truncate(0), a, 0));
 unary!(Not, |a, f| (T::truncate(!a.into()), *f));
 
 /// `op reg, reg`.
+#[inline]
 pub(crate) fn reg_reg<B: Binary, T: Int>(cpu: &mut Vcpu, op: &Op) -> Flow {
     let (result, flags) = B::apply(cpu.reg::<T>(op.dst), cpu.reg::<T>(op.src), &cpu.state.flags);
     cpu.state.flags = flags;
@@ -150,6 +151,7 @@ pub(crate) fn reg_reg<B: Binary, T: Int>(cpu: &mut Vcpu, op: &Op) -> Flow {
 }
 
 /// `op reg, imm`.
+#[inline]
 pub(crate) fn reg_imm<B: Binary, T: Int>(cpu: &mut Vcpu, op: &Op) -> Flow {
     let (result, flags) = B::apply(cpu.reg::<T>(op.dst), T::truncate(op.imm), &cpu.state.flags);
     cpu.state.flags = flags;
@@ -160,6 +162,7 @@ pub(crate) fn reg_imm<B: Binary, T: Int>(cpu: &mut Vcpu, op: &Op) -> Flow {
 }
 
 /// `op reg, mem`.
+#[inline]
 pub(crate) fn reg_mem<B: Binary, T: Int>(cpu: &mut Vcpu, op: &Op) -> Flow {
     let b = attempt!(cpu.load::<T>(op));
     let (result, flags) = B::apply(cpu.reg::<T>(op.dst), b, &cpu.state.flags);
@@ -190,11 +193,13 @@ pub(crate) fn mem_reg<B: Binary, T: Int>(cpu: &mut Vcpu, op: &Op) -> Flow {
 }
 
 /// `op mem, imm`.
+#[inline]
 pub(crate) fn mem_imm<B: Binary, T: Int>(cpu: &mut Vcpu, op: &Op) -> Flow {
     mem::<B, T>(cpu, op, T::truncate(op.imm))
 }
 
 /// `op reg`.
+#[inline]
 pub(crate) fn unary_reg<U: Unary, T: Int>(cpu: &mut Vcpu, op: &Op) -> Flow {
     let (result, flags) = U::apply(cpu.reg::<T>(op.dst), &cpu.state.flags);
     cpu.state.flags = flags;
@@ -207,6 +212,34 @@ pub(crate) fn unary_mem<U: Unary, T: Int>(cpu: &mut Vcpu, op: &Op) -> Flow {
     let before = cpu.state.flags;
     cpu.state.flags = attempt!(cpu.update(op, |a: T| U::apply(a, &before)));
     Flow::Next
+}
+
+/// Shapes of operations that a Jcc often follows, for [`super::control::step_jcc`].
+pub(crate) mod shape {
+    use super::*;
+    use crate::execute::control::Step;
+    use core::marker::PhantomData;
+
+    macro_rules! shapes {
+        ($($name:ident $operation:ident $function:ident)*) => {$(
+            #[doc = concat!("[`", stringify!($function), "`] as a type.")]
+            pub(crate) struct $name<O, T>(PhantomData<(O, T)>);
+            impl<O: $operation, T: Int> Step for $name<O, T> {
+                #[inline(always)]
+                fn step(cpu: &mut Vcpu, op: &Op) -> Flow {
+                    $function::<O, T>(cpu, op)
+                }
+            }
+        )*};
+    }
+
+    shapes! {
+        RegReg Binary reg_reg
+        RegImm Binary reg_imm
+        RegMem Binary reg_mem
+        MemImm Binary mem_imm
+        UnaryReg Unary unary_reg
+    }
 }
 
 /// XADD; the r/m operand is memory or `dst`, the register `src`.

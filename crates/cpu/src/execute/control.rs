@@ -28,6 +28,25 @@ pub(crate) fn jcc_legacy<const C: u8>(cpu: &mut Vcpu, op: &Op) -> Flow {
     }
 }
 
+/// An instruction that can be executed together with the Jcc behind it: it transfers no control.
+pub(crate) trait Step {
+    /// Executes the instruction.
+    fn step(cpu: &mut Vcpu, op: &Op) -> Flow;
+}
+
+/// An instruction and the Jcc behind it, in 64-bit code, as one. The Jcc's op follows in memory.
+pub(crate) fn step_jcc<const C: u8, S: Step>(cpu: &mut Vcpu, op: &Op) -> Flow {
+    match S::step(cpu, op) {
+        Flow::Next => {
+            // SAFETY: the decoder puts this handler only on an op that another one follows in the
+            // same block.
+            let branch = unsafe { &*(&raw const *op).add(1) };
+            jcc::<C>(cpu, branch)
+        }
+        other => other,
+    }
+}
+
 /// JMP relative, in 64-bit code.
 pub(crate) fn jmp(cpu: &mut Vcpu, op: &Op) -> Flow {
     cpu.state.rip = cpu.state.regs[slot::PAGE].wrapping_add(op.imm);

@@ -4,7 +4,7 @@ use crate::code::Block;
 use crate::decode;
 use crate::event::{Event, Fault};
 use crate::machine::request;
-use crate::op::{Flow, Op, Stop};
+use crate::op::{Flow, Stop};
 use crate::state::slot;
 use crate::vcpu::{Cause, Vcpu};
 use arch::control_registers::{Dr6, Rflags};
@@ -170,14 +170,9 @@ impl Vcpu {
             self.tlb.revoke_writes(hva & !0xfff);
             self.statistics.blocks_decoded += 1;
             self.statistics.instructions_decoded += u64::from(decoded.instructions);
-            let block = self.code.insert(
-                hva,
-                self.code_mode,
-                decoded.ops,
-                bytes,
-                decoded.instructions,
-                unsettled,
-            );
+            let block = self
+                .code
+                .insert(hva, self.code_mode, decoded, bytes, unsettled);
             self.update_jump_key();
             // Found again, so that the jump cache learns of it.
             return Ok(self
@@ -219,14 +214,9 @@ impl Vcpu {
         let len = decoded.len;
         self.statistics.blocks_decoded += 1;
         self.statistics.instructions_decoded += 1;
-        let block = self.code.insert(
-            hva,
-            self.code_mode,
-            decoded.ops,
-            &bytes[..len],
-            decoded.instructions,
-            None,
-        );
+        let block = self
+            .code
+            .insert(hva, self.code_mode, decoded, &bytes[..len], None);
         self.update_jump_key();
         Ok(block)
     }
@@ -460,7 +450,7 @@ impl Vcpu {
         let resume = before & Rflags::RF.bits();
         self.state.interruptibility.remove(shadow);
         self.state.rflags_rest &= !resume;
-        if self.execute_single(&block.ops[0]) {
+        if self.execute_single(block) {
             self.state.interruptibility.insert(shadow);
             self.state.rflags_rest |= resume;
             if let Some(exit) = self.stopped() {
@@ -474,9 +464,11 @@ impl Vcpu {
         trap.then(|| VmExit::new(ExitReason::MonitorTrapFlag))
     }
 
-    /// Executes one op and moves RIP past it; returns whether it stopped.
-    pub(crate) fn execute_single(&mut self, op: &Op) -> bool {
-        match (op.handler.get())(self, op) {
+    /// Executes the first instruction of a block and moves RIP past it; returns whether it
+    /// stopped.
+    pub(crate) fn execute_single(&mut self, block: &Block) -> bool {
+        let op = &block.ops[0];
+        match (block.first)(self, op) {
             Flow::Next => {
                 self.state.rip = self.next_rip(op);
                 false
@@ -489,11 +481,10 @@ impl Vcpu {
         }
     }
 
-    /// The first op at RIP, for single-instruction execution.
-    pub(crate) fn single_op(&mut self) -> Result<*const Op, Stop> {
+    /// The block at RIP, for the execution of its first instruction.
+    pub(crate) fn single_block(&mut self) -> Result<*const Block, Stop> {
         let block = self.block()?;
         self.current = block;
-        // SAFETY: just found; blocks have at least one op.
-        Ok(unsafe { (*block).ops.as_ptr() })
+        Ok(block)
     }
 }

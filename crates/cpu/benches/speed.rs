@@ -1,0 +1,231 @@
+//! Interpreted against native: the same machine code in a guest and on the host, in one run.
+//!
+//! `cargo bench -p eptide-cpu` prints each loop's time on both sides and the ratio. The loops
+//! are position-independent leaf functions; the guest enters them in 64-bit user mode and ends
+//! with INT3.
+
+#[path = "../tests/guest/mod.rs"]
+mod guest;
+
+use arch::exit::ExitReason;
+use guest::{EPT_RWX, Guest, Memory};
+use std::arch::global_asm;
+use std::time::{Duration, Instant};
+
+global_asm!(
+    // u64 integer(rdi = count): adds, xors and shifts.
+    ".balign 64",
+    "eptide_bench_integer:",
+    "xor eax, eax",
+    "mov ecx, 0x9e3779b9",
+    "2: add rax, rcx",
+    "mov rdx, rax",
+    "shr rdx, 7",
+    "xor rax, rdx",
+    "lea rcx, [rcx + rcx*4 + 3]",
+    "dec rdi",
+    "jnz 2b",
+    "ret",
+    "eptide_bench_integer_end:",
+    // u64 crc(rdi = count, rsi = table of 256 u32, rdx = buffer of 4096 bytes)
+    ".balign 64",
+    "eptide_bench_crc:",
+    "mov eax, 0xffffffff",
+    "xor ecx, ecx",
+    "2: mov r8, rcx",
+    "and r8d, 4095",
+    "movzx r8d, byte ptr [rdx + r8]",
+    "movzx r9d, al",
+    "xor r8d, r9d",
+    "shr eax, 8",
+    "xor eax, dword ptr [rsi + r8*4]",
+    "inc rcx",
+    "cmp rcx, rdi",
+    "jb 2b",
+    "ret",
+    "eptide_bench_crc_end:",
+    // u64 chase(rdi = count, rsi = list of offsets from its own start)
+    ".balign 64",
+    "eptide_bench_chase:",
+    "xor eax, eax",
+    "2: mov rax, [rsi + rax]",
+    "dec rdi",
+    "jnz 2b",
+    "ret",
+    "eptide_bench_chase_end:",
+    // quicksort(rdi = first, rsi = last) of u32, by recursion.
+    ".balign 64",
+    "eptide_bench_quicksort:",
+    "cmp rdi, rsi",
+    "jae 9f",
+    "mov rax, rdi",
+    "mov rdx, rsi",
+    "mov ecx, [rdi]",
+    "3: cmp rax, rdx",
+    "ja 6f",
+    "4: cmp [rax], ecx",
+    "jae 5f",
+    "add rax, 4",
+    "jmp 4b",
+    "5: cmp [rdx], ecx",
+    "jbe 7f",
+    "sub rdx, 4",
+    "jmp 5b",
+    "7: cmp rax, rdx",
+    "ja 6f",
+    "mov r8d, [rax]",
+    "mov r9d, [rdx]",
+    "mov [rax], r9d",
+    "mov [rdx], r8d",
+    "add rax, 4",
+    "sub rdx, 4",
+    "jmp 3b",
+    "6: push rax",
+    "push rsi",
+    "mov rsi, rdx",
+    "call eptide_bench_quicksort",
+    "pop rsi",
+    "pop rdi",
+    "jmp eptide_bench_quicksort",
+    "9: ret",
+    "eptide_bench_quicksort_end:",
+);
+
+macro_rules! loops {
+    ($($name:ident $start:ident $end:ident)*) => {
+        unsafe extern "C" {
+            $(
+                fn $start(a: u64, b: u64, c: u64) -> u64;
+                static $end: u8;
+            )*
+        }
+
+        fn all() -> Vec<(&'static str, extern "C" fn(u64, u64, u64) -> u64, Vec<u8>)> {
+            vec![$({
+                let start = $start as *const () as usize;
+                let len = (&raw const $end) as usize - start;
+                // SAFETY: the bytes of the function, which the assembler laid out above; it
+                // follows the C calling convention.
+                unsafe {
+                    let code = std::slice::from_raw_parts(start as *const u8, len).to_vec();
+                    let run = std::mem::transmute::<usize, extern "C" fn(u64, u64, u64) -> u64>(start);
+                    (stringify!($name), run, code)
+                }
+            },)*]
+        }
+    };
+}
+
+loops! {
+    integer eptide_bench_integer eptide_bench_integer_end
+    crc eptide_bench_crc eptide_bench_crc_end
+    chase eptide_bench_chase eptide_bench_chase_end
+    quicksort eptide_bench_quicksort eptide_bench_quicksort_end
+}
+
+/// Linear address of the data, on both sides.
+const DATA: u64 = 0x2000_0000;
+const DATA_LEN: usize = 1 << 20;
+const CODE: u64 = 0x10000;
+const STACK: u64 = 0x80000;
+
+/// The data that a loop works on, and its arguments for `count` rounds.
+fn prepare(name: &str, count: u64) -> (Vec<u8>, [u64; 3]) {
+    let mut seed = 1u64;
+    let mut random = || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed
+    };
+    let mut data: Vec<u8> = (0..DATA_LEN / 8)
+        .flat_map(|_| random().to_le_bytes())
+        .collect();
+    match name {
+        "chase" => {
+            // One cycle through 4096 cache lines.
+            let mut order: Vec<u64> = (1..4096).collect();
+            for i in (1..order.len()).rev() {
+                order.swap(i, (random() % (i as u64 + 1)) as usize);
+            }
+            let mut at = 0u64;
+            for next in order.into_iter().chain([0]) {
+                let to = next * 64;
+                data[at as usize..at as usize + 8].copy_from_slice(&to.to_le_bytes());
+                at = to;
+            }
+            (data, [count, DATA, 0])
+        }
+        "quicksort" => (data, [DATA, DATA + 4 * (count - 1), 0]),
+        _ => (data, [count, DATA, DATA + 0x1000]),
+    }
+}
+
+fn measure(
+    guest: &mut Guest,
+    host: &Memory,
+    inside: &Memory,
+    name: &str,
+    count: u64,
+    run: extern "C" fn(u64, u64, u64) -> u64,
+) -> (Duration, Duration) {
+    let (data, arguments) = prepare(name, count);
+    host.write(0, &data);
+    inside.write(0, &data);
+    let start = Instant::now();
+    let native = run(arguments[0], arguments[1], arguments[2]);
+    let native_time = start.elapsed();
+
+    let state = &mut guest.vcpu.state;
+    state.rip = CODE;
+    state.regs[7] = arguments[0];
+    state.regs[6] = arguments[1];
+    state.regs[2] = arguments[2];
+    state.regs[4] = STACK - 8;
+    state.set_rflags(0x202);
+    // The loop returns to INT3.
+    guest.memory.write_u64(STACK - 8, CODE - 1);
+    guest.memory.write(CODE - 1, &[0xcc]);
+    let start = Instant::now();
+    let exit = guest.run();
+    let guest_time = start.elapsed();
+    assert_eq!(exit.reason, ExitReason::ExceptionOrNmi, "{name}: {exit:?}");
+    assert_eq!(exit.interruption_info.vector(), 3, "{name}: {exit:?}");
+    if name != "quicksort" {
+        assert_eq!(guest.vcpu.state.regs[0], native, "{name}");
+    }
+    assert_eq!(host.bytes(), inside.bytes(), "{name}");
+    (native_time, guest_time)
+}
+
+fn main() {
+    let host = Memory::at(DATA, DATA_LEN, libc::PROT_READ | libc::PROT_WRITE);
+    let inside = Memory::new(DATA_LEN);
+    let mut guest = Guest::new(0x100000);
+    guest.ept.map(DATA, &inside, EPT_RWX);
+    guest.long_mode(3);
+    guest.controls.exception_bitmap = u32::MAX;
+    println!(
+        "{:<10} {:>12} {:>12} {:>8}   best of 5",
+        "loop", "native", "guest", "ratio"
+    );
+    for (name, run, code) in all() {
+        guest.vcpu.entered_from_user();
+        guest.memory.write(CODE, &code);
+        let count = match name {
+            "quicksort" => 200_000,
+            _ => 3_000_000,
+        };
+        let mut best = (Duration::MAX, Duration::MAX);
+        for _ in 0..5 {
+            guest.vcpu.entered_from_user();
+            let (native, guest) = measure(&mut guest, &host, &inside, name, count, run);
+            best = (best.0.min(native), best.1.min(guest));
+        }
+        let ratio = best.1.as_secs_f64() / best.0.as_secs_f64();
+        println!(
+            "{name:<10} {:>12.2?} {:>12.2?} {ratio:>8.1}",
+            best.0, best.1
+        );
+    }
+}
