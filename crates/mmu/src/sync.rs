@@ -101,6 +101,8 @@ pub enum Mutant {
     FreeWithoutFlush,
     /// Making all roots invalid flushes after the lock is dropped.
     ZapAllUnlocked,
+    /// Restricting a page flushes only if its leaf had the right.
+    RestrictWithoutFlush,
 }
 
 #[cfg(feature = "model")]

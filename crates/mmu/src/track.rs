@@ -2,6 +2,7 @@
 
 use crate::memslot::{AddressSpace, Memslot};
 use crate::mmu::{Mmu, Owed};
+use crate::sync::{Mutant, is_mutant};
 use arch::addr::{Gfn, Gpa};
 use arch::paging::Level;
 use std::ops::Range;
@@ -100,21 +101,25 @@ impl Mmu {
         let exclusive = self.exclusive();
         let mut owed = Owed::default();
         let mut huge = Vec::new();
+        let mut has_changed = false;
         self.for_each_leaf(&exclusive, space, &range, |leaf| {
             if leaf.level > Level::PTE {
                 huge.push(leaf.first..leaf.first.wrapping_add(leaf.level.pages()));
                 return;
             }
-            leaf.cell.update(|entry| {
+            let changed = leaf.cell.update(|entry| {
                 entry.is_leaf(Level::PTE).then(|| match restriction {
                     Restriction::Write => entry.write_tracked(),
                     Restriction::Execute => entry.execute_protected(),
                 })
             });
+            has_changed |= changed.is_some();
         });
-        // Always: a fault that saw the page's new state before the lock was taken may have put a
-        // leaf with fewer rights in its place already, and flushed nothing.
-        owed.flush_range(range);
+        // Whether or not a leaf changed: a fault that saw the page's new state before the lock was
+        // taken may have put a leaf with fewer rights in its place already, and flushed nothing.
+        if has_changed || !is_mutant(Mutant::RestrictWithoutFlush) {
+            owed.flush_range(range);
+        }
         for range in huge {
             self.zap_range(&exclusive, space, &range, &mut owed);
         }

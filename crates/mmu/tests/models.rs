@@ -328,3 +328,30 @@ fn deleting_a_slot_waits_for_its_last_access() {
     check(|| model(false), &[]);
     check(|| model(true), &[Mutant::NoFlushWait]);
 }
+
+/// A page is tracked while one vCPU faults on it and another holds a writable translation: when
+/// tracking has begun, no write goes by.
+#[test]
+fn tracking_begins_under_a_fault() {
+    fn model() {
+        let mmu = mmu(small());
+        mmu.set_memory_region(&region(0, 0, 0x10000, HVA)).unwrap();
+        let mut writer = Cpu::new(&mmu, 0);
+        let mut fetcher = Cpu::new(&mmu, 1);
+        // A leaf without the right to fetch, which the fetcher's fault replaces.
+        let page = Gfn::new(PAGE >> 12)..Gfn::new((PAGE >> 12) + 1);
+        writer.write(PAGE);
+        mmu.set_execution_traps(NORMAL, page.clone(), true).unwrap();
+        mmu.set_execution_traps(NORMAL, page.clone(), false)
+            .unwrap();
+        writer.write(PAGE);
+        let other = thread::spawn(move || fetcher.fetch(PAGE));
+        mmu.track_writes(NORMAL, page.start).unwrap();
+        assert_eq!(
+            writer.write(PAGE),
+            Outcome::Exit(FaultResult::WriteProtected)
+        );
+        assert_eq!(other.join().unwrap(), Outcome::Memory(HVA.get() + PAGE));
+    }
+    check(model, &[Mutant::RestrictWithoutFlush]);
+}

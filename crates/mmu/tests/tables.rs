@@ -61,6 +61,7 @@ fn moving_a_slot_moves_its_memory() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "minutes")]
 fn zapping_everything_is_survived_and_leaks_nothing() {
     let ram = Ram::new(8 * MIB);
     let mmu = mmu(Config {
@@ -112,6 +113,7 @@ fn nx_huge_pages_split_for_fetches_and_recover() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "minutes")]
 fn the_table_limit_holds_and_the_guest_goes_on() {
     let ram = Ram::new(512 * MIB);
     let config = Config {
