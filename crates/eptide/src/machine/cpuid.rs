@@ -105,6 +105,15 @@ impl Topology {
     }
 }
 
+/// Whether guests see a processor of AMD's.
+pub(crate) fn is_amd(supported: &CpuId) -> bool {
+    let vendor = supported
+        .as_slice()
+        .iter()
+        .find(|entry| entry.function == 0);
+    vendor.is_some_and(|entry| entry.ebx.to_le_bytes() == *b"Auth")
+}
+
 /// The error of building a table that is too long, under a name that can be imported.
 pub(crate) mod kvm_bindings_error {
     /// See [`vmm_sys_util::fam::Error`].

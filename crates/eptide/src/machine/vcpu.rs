@@ -6,13 +6,13 @@ use std::thread::JoinHandle;
 
 use kvm::{Interrupter, VcpuExit, VcpuFd};
 use kvm_bindings::{
-    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs, kvm_fpu,
-    kvm_lapic_state, kvm_msr_entry,
+    CpuId, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs,
+    kvm_fpu, kvm_lapic_state, kvm_msr_entry,
 };
 
 use super::boot;
 use super::bus::Bus;
-use super::cpuid::Topology;
+use super::cpuid::{self, Topology};
 use super::hypervisor;
 use super::kernel::Entry;
 use super::outcome::{Outcome, Stop};
@@ -21,6 +21,11 @@ use crate::report::Statistics;
 const MSR_IA32_MISC_ENABLE: u32 = 0x1a0;
 const MSR_IA32_MISC_ENABLE_FAST_STRING: u64 = 1;
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+/// AMD's hardware configuration register.
+const MSR_K7_HWCR: u32 = 0xc001_0015;
+/// The time-stamp counter runs at the frequency of P-state 0. Firmware sets it; kernels complain
+/// when it is clear.
+const MSR_K7_HWCR_TSC_FREQ_SEL: u64 = 1 << 24;
 /// MTRRs on, memory write-back where no range register says otherwise.
 const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 
@@ -45,7 +50,7 @@ pub(crate) fn prepare(
     vcpu: &VcpuFd,
     id: u32,
     topology: Topology,
-    supported: &kvm_bindings::CpuId,
+    supported: &CpuId,
     entry: Entry,
 ) -> Result<(), VcpuError> {
     let failed = |what| move |error| VcpuError { id, what, error };
@@ -55,7 +60,7 @@ pub(crate) fn prepare(
         error: kvm::Error::new(libc::E2BIG),
     })?;
     vcpu.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
-    set_msrs(vcpu).map_err(failed("KVM_SET_MSRS"))?;
+    set_msrs(vcpu, supported).map_err(failed("KVM_SET_MSRS"))?;
     connect_local_interrupts(vcpu).map_err(failed("KVM_SET_LAPIC"))?;
     if id == 0 {
         let fpu = kvm_fpu {
@@ -73,20 +78,23 @@ pub(crate) fn prepare(
     Ok(())
 }
 
-fn set_msrs(vcpu: &VcpuFd) -> Result<(), kvm::Error> {
+fn set_msrs(vcpu: &VcpuFd, supported: &CpuId) -> Result<(), kvm::Error> {
     let entry = |index, data| kvm_msr_entry {
         index,
         data,
         ..Default::default()
     };
-    let msrs = Msrs::from_entries(&[
+    let mut entries = vec![
         entry(MSR_IA32_MISC_ENABLE, MSR_IA32_MISC_ENABLE_FAST_STRING),
         entry(MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK),
-    ])
-    .expect("two entries are within the limit");
+    ];
+    if cpuid::is_amd(supported) {
+        entries.push(entry(MSR_K7_HWCR, MSR_K7_HWCR_TSC_FREQ_SEL));
+    }
+    let msrs = Msrs::from_entries(&entries).expect("a few entries are within the limit");
     // KVM stops at the first MSR it refuses and says how many it took.
     match vcpu.set_msrs(&msrs)? {
-        2 => Ok(()),
+        taken if taken == entries.len() => Ok(()),
         _ => Err(kvm::Error::new(libc::EINVAL)),
     }
 }

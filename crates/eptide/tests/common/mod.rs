@@ -82,8 +82,11 @@ impl Transcript {
 
     /// Asserts that the kernel complained about nothing.
     pub(crate) fn expect_health(&self) -> &Self {
-        const COMPLAINTS: [&str; 14] = [
+        const COMPLAINTS: [&str; 17] = [
             "WARNING: CPU",
+            "[Firmware Bug]",
+            "[Firmware Warn]",
+            "unchecked MSR access",
             "BUG:",
             "Oops",
             "Call Trace",
