@@ -18,7 +18,7 @@ use crate::mmu::{Mmu, Owed};
 use crate::spte::GENERATION_MASK;
 use crate::sync;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Release, SeqCst};
+use std::sync::atomic::Ordering::Release;
 
 impl Mmu {
     /// Creates, moves, deletes (size 0) a slot or changes its flags, as
@@ -41,15 +41,18 @@ impl Mmu {
         }
         self.counters.slot_changes.add(1);
         tracing::debug!(?region, "memslot changed");
-        if self.generation.load(SeqCst) & GENERATION_MASK == 0 {
-            // Entries of 2^19 changes ago would pass for current ones.
-            self.zap_all();
-        }
         Ok(())
     }
 
     /// Makes a snapshot current and waits until nobody uses the one before.
     fn publish(&self, slots: Memslots) {
+        if slots.generation() & GENERATION_MASK == 0 {
+            // MMIO entries hold only so many bits of it: those of 2^19 changes ago would pass for
+            // current ones from now on. Entries made between here and the store are of the
+            // generation before. That holds for a half-done change, too, since the next generation
+            // begins the count all the same.
+            self.zap_all();
+        }
         // The MMIO path compares with this number alone: it must not lag behind.
         self.generation.store(slots.generation(), Release);
         sync::point();

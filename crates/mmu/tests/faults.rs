@@ -185,6 +185,22 @@ fn the_generation_wraps_without_reviving_entries() {
 }
 
 #[test]
+fn the_generation_may_wrap_in_the_middle_of_a_change() {
+    let ram = Ram::new(2 * MIB);
+    let first_generation = (1 << 19) - 2;
+    let mmu = mmu(Config {
+        first_generation,
+        ..small_pages()
+    });
+    mmu.set_memory_region(&region(0, 0, MIB, ram.hva()))
+        .unwrap();
+    assert_eq!(mmu.stats().zap_all, 0);
+    delete(&mmu, 0).unwrap();
+    assert_eq!(mmu.slots().generation(), (1 << 19) + 1);
+    assert_eq!(mmu.stats().zap_all, 1);
+}
+
+#[test]
 fn read_only_slots_are_memory_to_read_and_mmio_to_write() {
     let ram = Ram::new(2 * MIB);
     let mmu = mmu(small_pages());
