@@ -76,12 +76,13 @@ pub(crate) fn check(capability: u32) -> i32 {
         | KVM_CAP_COALESCED_PIO
         | KVM_CAP_EXCEPTION_PAYLOAD
         | KVM_CAP_X86_MSR_FILTER
-        | KVM_CAP_ENFORCE_PV_FEATURE_CPUID
         | KVM_CAP_SREGS2
         | KVM_CAP_EXIT_ON_EMULATION_FAILURE
         | KVM_CAP_X86_TRIPLE_FAULT_EVENT
         | KVM_CAP_VM_TSC_CONTROL
         | KVM_CAP_MEMORY_FAULT_INFO
+        | KVM_CAP_USER_MEMORY2
+        | KVM_CAP_VCPU_ATTRIBUTES
         | KVM_CAP_STEAL_TIME
         | CAP_EXECUTION_TRAPS => 1,
         KVM_CAP_XCRS => (cpuid::supported_xcr0() != 0) as i32,
@@ -120,6 +121,11 @@ pub(crate) fn check(capability: u32) -> i32 {
         KVM_CAP_VM_TYPES => 1,
         _ => 0,
     }
+}
+
+/// Whether a capability's value says something about the host.
+pub(crate) fn depends_on_host(capability: u32) -> bool {
+    matches!(capability, KVM_CAP_NR_VCPUS | KVM_CAP_XCRS)
 }
 
 /// KVM_ENABLE_CAP on a VM.

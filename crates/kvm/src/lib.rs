@@ -4,6 +4,7 @@
 //! `kvm-bindings` types and KVM's errno values. Underneath:
 //!
 //! ```text
+//! ioctl/    the raw surface, one table
 //! api/      the methods          capabilities   what KVM_CHECK_EXTENSION answers
 //! vm        what vCPUs share     vcpu           the loop of KVM_RUN
 //! exits/    what each VM exit leads to, by the exit table
@@ -27,6 +28,7 @@ pub mod eventfd;
 mod events;
 mod exits;
 mod guest_walk;
+pub mod ioctl;
 pub mod irqchip;
 pub mod mailbox;
 mod mmio;
@@ -48,5 +50,5 @@ pub use api::*;
 pub use capabilities::CAP_EXECUTION_TRAPS;
 pub use cpu::Observer;
 pub use error::{Error, Result};
-pub use traps::{EmulateExit, KVM_EXIT_EMULATE};
+pub use traps::{ACCESS_TRAP_EXECUTION, AccessBytes, EmulateExit, KVM_EXIT_EMULATE};
 pub use vcpu::interrupt_current_thread;

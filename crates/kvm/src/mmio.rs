@@ -189,7 +189,8 @@ fn advance(core: &mut Core, vcpu: &Vcpu, mut observer: Option<&mut dyn cpu::Obse
             }
             Emulated::Later => {
                 let Some(asking) = asking else {
-                    return emulation_failure(core, vcpu);
+                    vcpu.vm().bug("an emulated instruction waits for nothing");
+                    return Outcome::Fail(libc::EIO);
                 };
                 core.emulation.asking = Some((asking, 0));
                 return ask(core, vcpu);

@@ -380,6 +380,52 @@ impl Core {
     }
 }
 
+impl Core {
+    /// KVM_X86_SET_MCE: logs an error in a bank and, if it is uncorrected, raises #MC.
+    pub(crate) fn set_mce(&mut self, mce: &kvm_bindings::kvm_x86_mce) -> crate::Result<()> {
+        const VALID: u64 = 1 << 63;
+        const OVERFLOW: u64 = 1 << 62;
+        const UNCORRECTED: u64 = 1 << 61;
+        /// MCG_STATUS: a machine check is in progress.
+        const IN_PROGRESS: u64 = 1 << 2;
+        let capabilities = self.msrs.get(msr::MCG_CAP);
+        let bank = mce.bank as usize;
+        if bank >= (capabilities & 0xff) as usize || mce.status & VALID == 0 {
+            return crate::error::fail(libc::EINVAL);
+        }
+        let uncorrected = mce.status & UNCORRECTED != 0;
+        let controlled = capabilities & handlers::MCG_CTL_PRESENT != 0;
+        let masked =
+            (controlled && self.msrs.get(msr::MCG_CTL) != !0) || self.msrs.mce_banks[bank][0] != !0;
+        if uncorrected && masked {
+            return Ok(());
+        }
+        let registers = &mut self.msrs.mce_banks[bank];
+        let mut status = mce.status;
+        if registers[1] & VALID != 0 {
+            status |= OVERFLOW;
+        }
+        if uncorrected || registers[1] & VALID == 0 || registers[1] & UNCORRECTED == 0 {
+            registers[1..].copy_from_slice(&[status, mce.addr, mce.misc]);
+        }
+        if !uncorrected {
+            return Ok(());
+        }
+        let enabled = self
+            .cpu
+            .state
+            .cr4
+            .contains(arch::control_registers::Cr4::MCE);
+        if self.msrs.get(msr::MCG_STATUS) & IN_PROGRESS != 0 || !enabled {
+            self.events.triple_fault = true;
+            return Ok(());
+        }
+        self.msrs.set(msr::MCG_STATUS, mce.mcg_status);
+        self.raise(arch::exception::Exception::MachineCheck);
+        Ok(())
+    }
+}
+
 /// What KVM_X86_GET_MCE_CAP_SUPPORTED answers.
 pub(crate) const MCE_SUPPORTED: u64 = handlers::MCG_CTL_PRESENT | handlers::MCG_SER_PRESENT;
 

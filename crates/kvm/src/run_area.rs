@@ -71,11 +71,6 @@ impl SharedMemory {
         self.base.as_ptr()
     }
 
-    /// The mapping's size.
-    pub(crate) fn size(&self) -> usize {
-        self.size
-    }
-
     /// Maps the first page of `other` over the page at `offset`.
     fn overlay(&self, offset: usize, other: &SharedMemory) -> Result<()> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;

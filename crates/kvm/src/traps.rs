@@ -26,6 +26,33 @@ pub struct EmulateExit {
     pub cr3: u64,
 }
 
+/// Argument of `EPTIDE_SET_ACCESS` and `EPTIDE_GET_ACCESS`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct AccessBytes {
+    /// First guest frame.
+    pub first_gfn: u64,
+    /// Number of frames.
+    pub count: u64,
+    /// Address of one byte per frame: [`ACCESS_TRAP_EXECUTION`] or 0.
+    pub access: u64,
+}
+
+/// Access byte: executing from the page ends KVM_RUN.
+pub const ACCESS_TRAP_EXECUTION: u8 = 1;
+
+impl AccessBytes {
+    /// The number of frames, if one call may name so many.
+    pub(crate) fn checked_count(&self) -> crate::Result<usize> {
+        const MOST: u64 = 1 << 24;
+        if self.count == 0 || self.count > MOST || self.first_gfn.checked_add(self.count).is_none()
+        {
+            return crate::error::fail(libc::EINVAL);
+        }
+        Ok(self.count as usize)
+    }
+}
+
 /// Ends KVM_RUN for a fetch from a flagged page.
 pub(crate) fn exit(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
     let state = &core.cpu.state;

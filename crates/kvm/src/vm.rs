@@ -17,7 +17,7 @@ use arc_swap::ArcSwap;
 use arch::addr::{Gpa, Hva};
 use kvm_bindings::*;
 use mmu::{AddressSpace, MemoryRegion, Mmu, SlotError};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// The greatest number of vCPUs of a VM.
@@ -77,11 +77,8 @@ pub(crate) struct Settings {
     pub(crate) triple_fault_event: bool,
     /// Hypercalls that exit to user space, by number.
     pub(crate) exit_hypercalls: u64,
-    /// KVM_X86_DISABLE_EXITS_*.
-    pub(crate) disabled_exits: u32,
     pub(crate) disabled_quirks: u64,
     pub(crate) exit_on_emulation_failure: bool,
-    pub(crate) enforce_pv_cpuid: bool,
     /// KVM_MSR_EXIT_REASON_* that go to user space.
     pub(crate) user_space_msrs: u32,
     pub(crate) msr_filter: Option<Arc<crate::msr_filter::MsrFilter>>,
@@ -100,10 +97,8 @@ impl Default for Settings {
             exception_payload: false,
             triple_fault_event: false,
             exit_hypercalls: 0,
-            disabled_exits: 0,
             disabled_quirks: 0,
             exit_on_emulation_failure: false,
-            enforce_pv_cpuid: false,
             user_space_msrs: 0,
             msr_filter: None,
             manual_dirty_log: 0,
@@ -142,8 +137,8 @@ pub(crate) struct Vm {
     default_tsc_khz: AtomicU64,
     tss_address: AtomicU64,
     identity_map: AtomicU64,
-    /// Incremented when execution traps change.
-    pub(crate) traps: AtomicU32,
+    /// Guest frames that trap execution.
+    pub(crate) traps: Mutex<std::collections::BTreeSet<u64>>,
 }
 
 impl std::fmt::Debug for Vm {
@@ -188,7 +183,7 @@ impl Vm {
             default_tsc_khz: AtomicU64::new(tsc_khz()),
             tss_address: AtomicU64::new(0),
             identity_map: AtomicU64::new(0xfffb_c000),
-            traps: AtomicU32::new(0),
+            traps: Mutex::default(),
         }))
     }
 

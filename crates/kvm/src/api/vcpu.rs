@@ -233,8 +233,12 @@ impl VcpuFd {
 
     /// KVM_SET_CPUID2.
     pub fn set_cpuid2(&self, cpuid: &CpuId) -> Result<()> {
+        self.set_cpuid_entries(cpuid.as_slice())
+    }
+
+    pub(crate) fn set_cpuid_entries(&self, entries: &[kvm_cpuid_entry2]) -> Result<()> {
         let mut core = self.core()?;
-        let table = Table::new(cpuid.as_slice());
+        let table = Table::new(entries);
         // What a running guest was told does not change under it.
         if core.has_run && core.cpuid.entries() != table.entries() {
             return fail(libc::EINVAL);
@@ -245,7 +249,15 @@ impl VcpuFd {
 
     /// KVM_GET_CPUID2.
     pub fn get_cpuid2(&self, num_entries: usize) -> Result<CpuId> {
-        super::system::entries(self.core()?.cpuid.entries(), num_entries)
+        super::system::entries(&self.cpuid_entries()?, num_entries)
+    }
+
+    pub(crate) fn cpuid_entries(&self) -> Result<Vec<kvm_cpuid_entry2>> {
+        Ok(self.core()?.cpuid.entries().to_vec())
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<Vcpu> {
+        &self.vcpu
     }
 
     /// KVM_ENABLE_CAP of the vCPU: none of what it could enable is offered.
@@ -284,39 +296,75 @@ impl VcpuFd {
 
     /// KVM_GET_MSRS: the number that were read, up to the first that cannot be.
     pub fn get_msrs(&self, msrs: &mut Msrs) -> Result<usize> {
-        let mut core = self.core()?;
-        let mut read = 0;
-        for entry in msrs.as_mut_slice() {
-            let mut access = Access {
-                core: &mut core,
-                vcpu: &self.vcpu,
-                index: entry.index,
-                trusted: true,
-            };
-            let Ok(value) = access.read() else { break };
-            entry.data = value;
-            read += 1;
-        }
-        Ok(read)
+        self.read_msrs(msrs.as_mut_slice())
     }
 
     /// KVM_SET_MSRS: the number that were written, up to the first that cannot be.
     pub fn set_msrs(&self, msrs: &Msrs) -> Result<usize> {
+        self.write_msrs(msrs.as_slice())
+    }
+
+    pub(crate) fn read_msrs(&self, entries: &mut [kvm_msr_entry]) -> Result<usize> {
         let mut core = self.core()?;
-        let mut written = 0;
-        for entry in msrs.as_slice() {
-            let mut access = Access {
+        let mut read = |entry: &mut kvm_msr_entry| {
+            let (vcpu, index) = (&*self.vcpu, entry.index);
+            let value = Access {
                 core: &mut core,
-                vcpu: &self.vcpu,
-                index: entry.index,
+                vcpu,
+                index,
                 trusted: true,
-            };
-            if access.write(entry.data).is_err() {
-                break;
             }
-            written += 1;
+            .read()
+            .ok()?;
+            entry.data = value;
+            Some(())
+        };
+        Ok(entries.iter_mut().map_while(&mut read).count())
+    }
+
+    pub(crate) fn write_msrs(&self, entries: &[kvm_msr_entry]) -> Result<usize> {
+        let mut core = self.core()?;
+        let mut write = |entry: &kvm_msr_entry| {
+            let (vcpu, index) = (&*self.vcpu, entry.index);
+            Access {
+                core: &mut core,
+                vcpu,
+                index,
+                trusted: true,
+            }
+            .write(entry.data)
+            .ok()
+        };
+        Ok(entries.iter().map_while(&mut write).count())
+    }
+
+    /// KVM_X86_SET_MCE.
+    pub fn set_mce(&self, mce: &kvm_x86_mce) -> Result<()> {
+        self.core()?.set_mce(mce)
+    }
+
+    /// The offset of the guest's counter (KVM_VCPU_TSC_OFFSET).
+    pub fn tsc_offset(&self) -> Result<u64> {
+        Ok(self.core()?.tsc.offset)
+    }
+
+    /// Sets the offset of the guest's counter (KVM_VCPU_TSC_OFFSET).
+    pub fn set_tsc_offset(&self, offset: u64) -> Result<()> {
+        let mut core = self.core()?;
+        let tsc = crate::time::GuestTsc { offset, ..core.tsc };
+        core.set_tsc(tsc);
+        if let Some(apic) = self.vcpu.apic() {
+            apic.tsc_changed(&tsc);
         }
-        Ok(written)
+        Ok(())
+    }
+
+    pub(crate) fn load_xsave(&self, region: [u32; 1024]) -> Result<()> {
+        let xsave = kvm_xsave {
+            region,
+            ..Default::default()
+        };
+        self.core()?.set_xsave(&xsave)
     }
 
     /// KVM_GET_MP_STATE.

@@ -6,6 +6,7 @@ use crate::error::{Error, Result, fail};
 use crate::mailbox::Request;
 use crate::msr_filter::{MsrFilter, Range};
 use crate::run_area::RUN_SIZE;
+use crate::traps::{ACCESS_TRAP_EXECUTION, AccessBytes};
 use crate::vm::{Vm, slot_number};
 use arch::addr::Gfn;
 use bitflags::bitflags;
@@ -13,8 +14,7 @@ use kvm_bindings::*;
 use mmu::DirtyLogError;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::raw::{c_int, c_ulong};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
 
 /// An address of port I/O or of memory.
@@ -187,11 +187,7 @@ impl VmFd {
             count: range.msr_count,
             bitmap: range.bitmap.to_vec(),
         });
-        let filter = MsrFilter::new(default_action as u32, ranges.collect())?.map(Arc::new);
-        self.vm
-            .update_settings(|settings| settings.msr_filter = filter.clone());
-        self.vm.processors.post_all(Request::MSR_FILTER);
-        Ok(())
+        self.install_msr_filter(default_action as u32, ranges.collect())
     }
 
     /// KVM_SIGNAL_MSI: how many processors took it.
@@ -376,14 +372,74 @@ impl VmFd {
     /// instruction of any vCPU. Frames in no memslot are ENOENT, with nothing changed.
     pub fn set_execution_traps(&self, first: u64, count: u64, trapped: bool) -> Result<()> {
         let end = first.checked_add(count).ok_or(Error::new(libc::EINVAL))?;
+        let mut traps = self.vm.traps.lock().unwrap_or_else(PoisonError::into_inner);
         let range = Gfn::new(first)..Gfn::new(end);
         let space = mmu::AddressSpace::Normal;
         self.vm
             .mmu
             .set_execution_traps(space, range, trapped)
             .map_err(|_| Error::new(libc::ENOENT))?;
-        self.vm.traps.fetch_add(1, Ordering::SeqCst);
-        self.vm.processors.post_all(Request::TRAPS_CHANGED);
+        for gfn in first..end {
+            if trapped {
+                traps.insert(gfn);
+            } else {
+                traps.remove(&gfn);
+            }
+        }
+        Ok(())
+    }
+
+    /// Eptide's own: the access bytes of a range of guest frames:
+    /// [`crate::ACCESS_TRAP_EXECUTION`] or 0.
+    pub fn execution_traps(&self, first: u64, count: u64) -> Result<Vec<u8>> {
+        let count = AccessBytes {
+            first_gfn: first,
+            count,
+            access: 0,
+        }
+        .checked_count()? as u64;
+        let traps = self.vm.traps.lock().unwrap_or_else(PoisonError::into_inner);
+        let byte = |gfn| {
+            if traps.contains(&gfn) {
+                ACCESS_TRAP_EXECUTION
+            } else {
+                0
+            }
+        };
+        Ok((first..first + count).map(byte).collect())
+    }
+
+    /// Eptide's own: sets the access bytes of consecutive guest frames from `first` on.
+    pub fn set_access_bytes(&self, first: u64, bytes: &[u8]) -> Result<()> {
+        if bytes.iter().any(|&byte| byte & !ACCESS_TRAP_EXECUTION != 0) {
+            return fail(libc::EINVAL);
+        }
+        let mut at = first;
+        for run in bytes.chunk_by(|a, b| a == b) {
+            self.set_execution_traps(at, run.len() as u64, run[0] != 0)?;
+            at += run.len() as u64;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    /// Pages of a slot that exists.
+    pub(crate) fn slot_pages(&self, slot: u32) -> Result<u64> {
+        let (space, number) = slot_number(slot)?;
+        let slots = self.vm.mmu.slots();
+        let slot = slots.get(mmu::SlotId { space, number });
+        slot.map(|slot| slot.pages())
+            .ok_or(Error::new(libc::ENOENT))
+    }
+
+    pub(crate) fn install_msr_filter(&self, flags: u32, ranges: Vec<Range>) -> Result<()> {
+        let filter = MsrFilter::new(flags, ranges)?.map(Arc::new);
+        self.vm
+            .update_settings(|settings| settings.msr_filter = filter.clone());
+        self.vm.processors.post_all(Request::MSR_FILTER);
         Ok(())
     }
 
