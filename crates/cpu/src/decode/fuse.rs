@@ -40,7 +40,7 @@ fn shaped<B: crate::execute::alu::Binary>(i: &Instruction, condition: u8) -> Opt
     match (kinds(i), size) {
         ((OpKind::Register, OpKind::Memory), 4) => Some(branch::<RegMem<B, u32>>(condition)),
         ((OpKind::Register, OpKind::Memory), 8) => Some(branch::<RegMem<B, u64>>(condition)),
-        ((OpKind::Memory, OpKind::Register | OpKind::Memory), _) => None,
+        ((OpKind::Register, OpKind::Memory), _) | ((OpKind::Memory, OpKind::Register), _) => None,
         ((OpKind::Memory, _), 1) => Some(branch::<MemImm<B, u8>>(condition)),
         ((OpKind::Memory, _), 4) => Some(branch::<MemImm<B, u32>>(condition)),
         ((OpKind::Memory, _), 8) => Some(branch::<MemImm<B, u64>>(condition)),
