@@ -17,3 +17,4 @@ pub mod msr;
 pub mod page_fault;
 pub mod paging;
 pub mod segment;
+pub mod vmcs;
