@@ -87,7 +87,7 @@ impl<W: Write> Write for Tap<W> {
 pub(crate) struct Statistics {
     /// Guest instructions retired.
     pub(crate) instructions: Option<u64>,
-    /// Exits from the guest by reason.
+    /// Exits from the guest by basic exit reason.
     pub(crate) exits: BTreeMap<&'static str, u64>,
     /// EPT violations.
     pub(crate) ept_violations: Option<u64>,
@@ -175,7 +175,7 @@ impl fmt::Display for Report {
             .collect();
         exits.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
         for (reason, count) in exits {
-            line(reason, &Grouped(*count))?;
+            line(&format!("exits: {reason}"), &Grouped(*count))?;
         }
         for (reason, count) in &self.user_exits {
             line(&format!("exits to user space: {reason}"), &Grouped(*count))?;
@@ -229,7 +229,7 @@ mod tests {
     fn the_report_shows_only_what_was_counted() {
         let statistics = Statistics {
             instructions: Some(2_000_000),
-            exits: BTreeMap::from([("HLT exits", 3), ("CPUID exits", 0)]),
+            exits: BTreeMap::from([("Hlt", 3), ("Cpuid", 0)]),
             ..Default::default()
         };
         let report = Report {
@@ -239,7 +239,7 @@ mod tests {
             statistics,
         };
         let text = report.to_string();
-        assert!(text.contains("2 000 000 (1.0 million/s)") && text.contains("HLT exits"));
-        assert!(!text.contains("CPUID") && !text.contains("EPT") && !text.contains("init"));
+        assert!(text.contains("2 000 000 (1.0 million/s)") && text.contains("exits: Hlt"));
+        assert!(!text.contains("Cpuid") && !text.contains("EPT") && !text.contains("init"));
     }
 }

@@ -25,7 +25,7 @@ use crate::vm::Vm;
 use arch::control_registers::{Cr0, Rflags};
 use arch::controls::{Eptp, Interruptibility, PinControls, PrimaryControls, SecondaryControls};
 use arch::cpuid::{Feature, Features};
-use arch::exit::VmExit;
+use arch::exit::{ExitReason, VmExit};
 use arch::interruption::InterruptionType;
 use arch::msr;
 use arch::segment::SegmentName;
@@ -84,6 +84,34 @@ pub(crate) struct Counters {
     pub(crate) hypercalls: u64,
     pub(crate) tlb_flushes: u64,
     pub(crate) page_faults: u64,
+    pub(crate) by_reason: ByReason,
+}
+
+/// Exits by basic exit reason.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ByReason([u64; REASONS]);
+
+/// One more than the largest basic exit reason.
+const REASONS: usize = ExitReason::ALL[ExitReason::ALL.len() - 1] as usize + 1;
+
+impl Default for ByReason {
+    fn default() -> ByReason {
+        ByReason([0; REASONS])
+    }
+}
+
+impl ByReason {
+    fn count(&mut self, reason: ExitReason) {
+        self.0[reason as usize] += 1;
+    }
+
+    /// The reasons that occurred, with their numbers of exits.
+    pub(crate) fn named(&self) -> Vec<(&'static str, u64)> {
+        let counts = ExitReason::ALL
+            .iter()
+            .map(|reason| (reason.name(), self.0[*reason as usize]));
+        counts.filter(|(_, count)| *count != 0).collect()
+    }
 }
 
 /// What the thread in KVM_RUN owns.
@@ -596,6 +624,7 @@ impl Core {
         let exit = self.cpu.enter(&self.controls);
         self.mmu.gate().exit();
         self.counters.exits += 1;
+        self.counters.by_reason.count(exit.reason);
         self.take_back_event(&exit);
         exits::handle(self, vcpu, &exit)
     }

@@ -29,8 +29,8 @@ pub(crate) fn add_processor(statistics: &mut Statistics, vcpu: &VcpuFd) {
         *statistics.instructions.get_or_insert(0) += processor.instructions;
         *statistics.tlb_misses.get_or_insert(0) += processor.tlb_misses;
     }
-    for (name, count) in vcpu.exit_statistics().unwrap_or_default() {
-        *statistics.exits.entry(name).or_default() += count;
+    for (reason, count) in vcpu.exits_by_reason().unwrap_or_default() {
+        *statistics.exits.entry(reason).or_default() += count;
     }
 }
 

@@ -571,6 +571,11 @@ impl VcpuFd {
         Ok(self.core()?.counters.named())
     }
 
+    /// Eptide's own: the number of VM exits for each basic exit reason that occurred.
+    pub fn exits_by_reason(&self) -> Result<Vec<(&'static str, u64)>> {
+        Ok(self.core()?.counters.by_reason.named())
+    }
+
     /// KVM_RUN.
     pub fn run(&mut self) -> Result<VcpuExit<'_>> {
         match self.vcpu.run() {
