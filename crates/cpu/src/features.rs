@@ -77,7 +77,6 @@ const HOSTED: &[Feature] = &[
     Feature::SSE4_1,
     Feature::SSE4_2,
     Feature::SSE4A,
-    Feature::MISALIGNSSE,
     Feature::PCLMULQDQ,
     Feature::AES,
     Feature::SHA,

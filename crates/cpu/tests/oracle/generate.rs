@@ -185,12 +185,16 @@ fn comparable(i: &Instruction, features: &Features) -> bool {
             r.is_segment_register() || r.is_cr() || r.is_dr()
         }
     });
-    // Register forms of 0F 0D are NOPs on Intel processors and #UD on AMD's.
+    // Register forms of 0F 0D are NOPs on Intel processors and #UD on AMD's; MOVSXD with a 16-bit
+    // destination reads two bytes there and four here; MXCSR has one bit more (MM) here.
     let vendors_differ = matches!(
         i.code(),
         Code::Reservednop_rm16_r16_0F0D
             | Code::Reservednop_rm32_r32_0F0D
             | Code::Reservednop_rm64_r64_0F0D
+            | Code::Movsxd_r16_rm16
+            | Code::Ldmxcsr_m32
+            | Code::VEX_Vldmxcsr_m32
     );
     !excluded && !segments && !vendors_differ && i.code() != Code::Int1
 }
