@@ -417,7 +417,7 @@ impl Vcpu {
             (places[1], tail, gva.wrapping_add(split as u64)),
         ] {
             match place {
-                _ if part.is_empty() => {}
+                _ if part.is_empty() => continue,
                 Place::Ram { hva } => {
                     // SAFETY: `resolve` returns addresses of guest memory only, and the part
                     // stays inside its page.
@@ -440,7 +440,7 @@ impl Vcpu {
             (places[1], tail, gva.wrapping_add(split as u64)),
         ] {
             match place {
-                _ if part.is_empty() => {}
+                _ if part.is_empty() => continue,
                 Place::Ram { hva } => {
                     // SAFETY: as in `transfer_in`.
                     if unsafe { store_part(hva, part) }.is_err() {
@@ -561,7 +561,15 @@ impl Vcpu {
             }
         };
         let gpa = translation.gpa.get();
-        let mapped = match self.second_stage.translate(gpa, stage_access(access)) {
+        // An observed instruction may come from a page that the second stage keeps from being
+        // executed: whoever observes it has decided that it runs.
+        let stage = match access {
+            _ if self.observer.is_some() && access.contains(Access::FETCH) => {
+                crate::second_stage::StageAccess::Read
+            }
+            _ => stage_access(access),
+        };
+        let mapped = match self.second_stage.translate(gpa, stage) {
             Ok(mapped) => mapped,
             Err(outcome) => {
                 if self.bus.is_some() && !access.contains(Access::FETCH) && outcome.redirectable() {

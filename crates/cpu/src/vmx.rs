@@ -148,7 +148,12 @@ impl Vcpu {
             let result = cpu.emulate_one(&saved);
             cpu.mmio_hint = None;
             cpu.bus = None;
-            cpu.observer = None;
+            if cpu.observer.take().is_some() {
+                // What was learnt of code on pages that may not be executed must not be found
+                // without an observer.
+                cpu.tlb.flush();
+                cpu.update_jump_key();
+            }
             cpu.state.set_rflags(cpu.state.rflags());
             result
         })

@@ -23,10 +23,12 @@ impl Vcpu {
     /// Runs guest code until something exits.
     pub(crate) fn run(&mut self) -> VmExit {
         loop {
-            if self.attention.flags.load(Ordering::Relaxed) != 0
-                && let Some(exit) = self.attend()
-            {
-                return exit;
+            // Until nothing is asked for: an instruction that was stepped may have opened a window
+            // or left a trap pending.
+            while self.attention.flags.load(Ordering::Relaxed) != 0 {
+                if let Some(exit) = self.attend() {
+                    return exit;
+                }
             }
             let block = match self.block() {
                 Ok(block) => block,
@@ -418,6 +420,7 @@ impl Vcpu {
                 .interruptibility
                 .intersects(Interruptibility::STI | Interruptibility::MOV_SS)
             || self.watches_instructions()
+            || self.watches_data()
             || self.primary(PrimaryControls::MONITOR_TRAP_FLAG)
     }
 
