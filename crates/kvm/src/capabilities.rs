@@ -86,6 +86,9 @@ pub(crate) fn check(capability: u32) -> i32 {
         | KVM_CAP_STEAL_TIME
         | CAP_EXECUTION_TRAPS => 1,
         KVM_CAP_XCRS => (cpuid::supported_xcr0() != 0) as i32,
+        KVM_CAP_DIRTY_LOG_RING | KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
+            crate::dirty_ring::MAX_BYTES as i32
+        }
         KVM_CAP_XSAVE2 => 4096,
         KVM_CAP_MCE => crate::msrs::MCE_BANKS as i32,
         KVM_CAP_NR_VCPUS => std::thread::available_parallelism().map_or(1, |n| n.get()) as i32,
@@ -149,6 +152,9 @@ pub(crate) fn enable(vm: &Vm, request: &kvm_enable_cap) -> Result<()> {
             vm.update_settings(|s| s.disabled_quirks = value & QUIRKS);
         }
         KVM_CAP_SPLIT_IRQCHIP => return vm.split_irqchip(value),
+        KVM_CAP_DIRTY_LOG_RING | KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
+            return vm.enable_dirty_rings(value);
+        }
         KVM_CAP_X2APIC_API => {
             reject_unknown(X2APIC_FLAGS)?;
             let wide = value & KVM_X2APIC_API_USE_32BIT_IDS as u64 != 0;

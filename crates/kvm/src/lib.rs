@@ -23,6 +23,7 @@ pub mod clock;
 mod coalesced;
 pub mod cpuid;
 mod debug;
+mod dirty_ring;
 mod error;
 pub mod eventfd;
 mod events;

@@ -126,6 +126,8 @@ pub(crate) struct Core {
     pub(crate) tsc: GuestTsc,
     pub(crate) mp_state: MpState,
     pub(crate) completion: Option<Completion>,
+    /// Length of the instruction that an MSR access or hypercall in progress is.
+    pub(crate) exit_length: u64,
     pub(crate) emulation: Emulation,
     pub(crate) port_io: PortIo,
     pub(crate) paravirtual: ParavirtualPages,
@@ -147,6 +149,7 @@ pub(crate) struct Vcpu {
     vm: Arc<Vm>,
     mailbox: Arc<Mailbox>,
     apic: Option<Arc<LocalApic>>,
+    ring: Option<Arc<crate::dirty_ring::DirtyRing>>,
     run: RunArea,
     core: Mutex<Core>,
     /// KVM_RUN is in progress on some thread.
@@ -237,6 +240,10 @@ impl Vcpu {
             config.map(|config| LocalApic::new(id, bootstrap, config, mailbox.clone(), &vm.timers));
         let ring = vm.settings().dirty_ring as usize;
         let run = RunArea::new(id, vm.coalesced.memory(), ring)?;
+        let ring = match ring {
+            0 => None,
+            bytes => Some(crate::dirty_ring::DirtyRing::new(&run, bytes as u32)?),
+        };
         let waits = apic.is_some() && !bootstrap;
         let mut apic_base = lapic::DEFAULT_BASE | msr::apic_base::ENABLE;
         if bootstrap {
@@ -257,6 +264,7 @@ impl Vcpu {
                 MpState::Runnable
             },
             completion: None,
+            exit_length: 0,
             emulation: Emulation::default(),
             port_io: PortIo::default(),
             paravirtual: ParavirtualPages::default(),
@@ -275,6 +283,7 @@ impl Vcpu {
             vm: vm.clone(),
             mailbox,
             apic,
+            ring,
             run,
             core: Mutex::new(core),
             running: AtomicBool::new(false),
@@ -306,6 +315,11 @@ impl Vcpu {
     /// The local APIC, if it is in this process.
     pub(crate) fn apic(&self) -> Option<&Arc<LocalApic>> {
         self.apic.as_ref()
+    }
+
+    /// The dirty ring, if the VM has rings.
+    pub(crate) fn dirty_ring(&self) -> Option<&Arc<crate::dirty_ring::DirtyRing>> {
+        self.ring.as_ref()
     }
 
     /// The memory shared with user space.
@@ -398,6 +412,7 @@ impl Vcpu {
         let mut core = self.lock();
         self.vm.check_alive()?;
         let _current = CurrentGuard::new(&self.mailbox);
+        let _ring = crate::dirty_ring::enter(self.ring.as_deref());
         self.running.store(true, Ordering::Relaxed);
         crate::watch::begin(self);
         core.sync_in(self)?;
@@ -604,6 +619,10 @@ impl Core {
             if outcome != Outcome::Resume || self.mp_state != MpState::Runnable {
                 return outcome;
             }
+        }
+        if vcpu.dirty_ring().is_some_and(|ring| ring.is_nearly_full()) {
+            vcpu.kvm_run(self).exit_reason = KVM_EXIT_DIRTY_RING_FULL;
+            return Outcome::Exit;
         }
         self.controls.interruption_info = Default::default();
         if self.look_for_events || self.events.any() {

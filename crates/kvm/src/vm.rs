@@ -126,6 +126,7 @@ pub(crate) struct Vm {
     pub(crate) irqfds: IrqFds,
     pub(crate) ioeventfds: IoEventFds,
     pub(crate) coalesced: Coalesced,
+    pub(crate) rings: Arc<crate::dirty_ring::Rings>,
     pub(crate) fd: SharedMemory,
     apics: Arc<Apics>,
     irqchip: OnceLock<Arc<IrqChip>>,
@@ -169,6 +170,7 @@ impl Vm {
             irqfds: IrqFds::default(),
             ioeventfds: IoEventFds::default(),
             coalesced: Coalesced::new()?,
+            rings: Arc::default(),
             fd: SharedMemory::new("kvm-vm", crate::run_area::PAGE, crate::run_area::PAGE)?,
             apics: Arc::default(),
             irqchip: OnceLock::new(),
@@ -246,6 +248,9 @@ impl Vm {
         self.processors.add(id, vcpu.shared_mailbox());
         if let Some(apic) = vcpu.apic() {
             self.apics.add(apic.clone());
+        }
+        if let Some(ring) = vcpu.dirty_ring() {
+            self.rings.add(ring.clone());
         }
         created.push(id);
         Ok(vcpu)
@@ -387,6 +392,41 @@ impl Vm {
                 _ => libc::EINVAL,
             })
         })
+    }
+
+    /// KVM_CAP_DIRTY_LOG_RING: every vCPU created from now on has a ring of `bytes` bytes.
+    pub(crate) fn enable_dirty_rings(&self, bytes: u64) -> Result<()> {
+        let bytes = crate::dirty_ring::check_size(bytes)?;
+        if self.settings().dirty_ring != 0 || self.has_vcpus() {
+            return fail(libc::EINVAL);
+        }
+        self.update_settings(|settings| settings.dirty_ring = bytes);
+        self.mmu.set_dirty_sink(self.rings.clone());
+        Ok(())
+    }
+
+    /// KVM_RESET_DIRTY_RINGS: protects the pages that user space has collected; how many.
+    pub(crate) fn reset_dirty_rings(&self) -> Result<i32> {
+        if self.settings().dirty_ring == 0 {
+            return fail(libc::EINVAL);
+        }
+        let mut count = 0;
+        for ring in self.rings.all() {
+            for (slot, offset) in ring.take_collected() {
+                count += 1;
+                // What user space left in the entry is not trusted: a slot or page that is gone
+                // is ignored.
+                if let Ok((space, number)) = slot_number(slot)
+                    && offset < 1 << 40
+                {
+                    let page = offset & !63;
+                    let _ = self
+                        .mmu
+                        .protect_pages(space, number, page, 1 << (offset & 63));
+                }
+            }
+        }
+        Ok(count)
     }
 
     /// KVM_SET_TSS_ADDR: recorded; this processor needs no TSS of its own for real mode.

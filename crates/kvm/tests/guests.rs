@@ -384,6 +384,75 @@ fn written_pages_are_in_the_log() {
 }
 
 #[test]
+fn written_pages_are_in_the_ring() {
+    use std::os::fd::AsRawFd;
+    const RING: usize = 4096;
+    let code = assemble(|a| {
+        a.mov(byte_ptr(0x3000), 1)?;
+        stop(a)?;
+        a.mov(byte_ptr(0x3000), 2)?;
+        stop(a)
+    });
+    let kvm = kvm::Kvm::new().unwrap();
+    let vm = kvm.create_vm().unwrap();
+    let mut cap = kvm_enable_cap {
+        cap: KVM_CAP_DIRTY_LOG_RING,
+        ..Default::default()
+    };
+    cap.args[0] = 4097;
+    assert_eq!(vm.enable_cap(&cap).unwrap_err().errno(), libc::EINVAL);
+    cap.args[0] = RING as u64;
+    vm.enable_cap(&cap).unwrap();
+    let mut machine = Machine::on(kvm, vm, Irqchip::None, 1, &code);
+    let mut region = machine.memory.region(0, 0);
+    region.flags = KVM_MEM_LOG_DIRTY_PAGES;
+    // SAFETY: the same memory with another flag.
+    unsafe { machine.vm.set_user_memory_region(region).unwrap() };
+    // SAFETY: the ring's pages of the vCPU's file.
+    let ring = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            RING,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            machine.vcpu().as_raw_fd(),
+            KVM_DIRTY_LOG_PAGE_OFFSET as i64 * 4096,
+        )
+    };
+    assert_ne!(ring, libc::MAP_FAILED);
+    let entries = ring.cast::<kvm_dirty_gfn>();
+    let mut next = 0;
+    let mut collect = || {
+        let mut found = Vec::new();
+        loop {
+            // SAFETY: inside the ring, which has 256 entries.
+            let entry = unsafe { &mut *entries.add(next) };
+            if entry.flags != 1 {
+                return found;
+            }
+            found.push(entry.offset);
+            entry.flags = 2;
+            next += 1;
+        }
+    };
+    runs_to_stop(&mut machine);
+    let first = collect();
+    assert!(first.contains(&3), "{first:?}");
+    assert_eq!(
+        machine.vm.get_dirty_log(0, MEMORY).unwrap_err().errno(),
+        libc::ENXIO
+    );
+    assert_eq!(
+        machine.vm.reset_dirty_rings().unwrap() as usize,
+        first.len()
+    );
+    runs_to_stop(&mut machine);
+    assert!(collect().contains(&3), "protected and written again");
+    // SAFETY: the mapping made above.
+    unsafe { libc::munmap(ring, RING) };
+}
+
+#[test]
 fn doorbells_and_coalesced_writes_do_not_exit() {
     let code = assemble(|a| {
         a.mov(rbx, 0x4000_0000u64)?;

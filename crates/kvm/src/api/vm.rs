@@ -228,6 +228,10 @@ impl VmFd {
     /// KVM_GET_DIRTY_LOG.
     pub fn get_dirty_log(&self, slot: u32, memory_size: usize) -> Result<Vec<u64>> {
         let (space, number) = slot_number(slot)?;
+        // Rings and bitmaps exclude each other.
+        if self.vm.settings().dirty_ring != 0 {
+            return fail(libc::ENXIO);
+        }
         let pages = memory_size.div_ceil(4096);
         let mut bitmap = vec![0; pages.div_ceil(64)];
         let manual = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE as u64;
@@ -238,6 +242,11 @@ impl VmFd {
         };
         taken.map_err(dirty_log_error)?;
         Ok(bitmap)
+    }
+
+    /// KVM_RESET_DIRTY_RINGS: how many pages user space had collected from the rings.
+    pub fn reset_dirty_rings(&self) -> Result<i32> {
+        self.vm.reset_dirty_rings()
     }
 
     /// KVM_CLEAR_DIRTY_LOG.

@@ -23,10 +23,8 @@ mod error {
     pub(super) const INVALID: i64 = 22;
 }
 
-/// Length of VMCALL.
-const VMCALL: u64 = 3;
-
-pub(super) fn vmcall(core: &mut Core, vcpu: &Vcpu, _exit: &VmExit) -> Outcome {
+pub(super) fn vmcall(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
+    core.exit_length = exit.instruction_length as u64;
     core.counters.hypercalls += 1;
     let wide = core.is_64bit();
     let state = &core.cpu.state;
@@ -128,6 +126,6 @@ fn finish(core: &mut Core, result: i64) -> Outcome {
         result as u32 as u64
     };
     core.cpu.state.set_gpr(Gpr::Rax, result);
-    core.skip_bytes(VMCALL);
+    core.skip_bytes(core.exit_length);
     Outcome::Resume
 }

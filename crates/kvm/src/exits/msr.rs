@@ -7,7 +7,8 @@ use arch::exit::VmExit;
 use cpu::Gpr;
 use kvm_bindings::*;
 
-pub(super) fn rdmsr(core: &mut Core, vcpu: &Vcpu, _exit: &VmExit) -> Outcome {
+pub(super) fn rdmsr(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
+    core.exit_length = exit.instruction_length as u64;
     let index = core.cpu.state.gpr(Gpr::Rcx) as u32;
     if !allowed(vcpu, index, false) {
         return refuse(core, vcpu, index, None, KVM_MSR_EXIT_REASON_FILTER);
@@ -28,7 +29,8 @@ pub(super) fn rdmsr(core: &mut Core, vcpu: &Vcpu, _exit: &VmExit) -> Outcome {
     }
 }
 
-pub(super) fn wrmsr(core: &mut Core, vcpu: &Vcpu, _exit: &VmExit) -> Outcome {
+pub(super) fn wrmsr(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
+    core.exit_length = exit.instruction_length as u64;
     let state = &core.cpu.state;
     let index = state.gpr(Gpr::Rcx) as u32;
     let value = state.gpr(Gpr::Rax) & 0xffff_ffff | state.gpr(Gpr::Rdx) << 32;
@@ -44,15 +46,12 @@ pub(super) fn wrmsr(core: &mut Core, vcpu: &Vcpu, _exit: &VmExit) -> Outcome {
     .write(value)
     {
         Ok(()) => {
-            core.skip_bytes(MSR_INSTRUCTION);
+            core.skip_bytes(core.exit_length);
             Outcome::Resume
         }
         Err(error) => refuse(core, vcpu, index, Some(value), reason(error)),
     }
 }
-
-/// Length of RDMSR and WRMSR.
-const MSR_INSTRUCTION: u64 = 2;
 
 fn allowed(vcpu: &Vcpu, index: u32, write: bool) -> bool {
     let settings = vcpu.vm().settings();
@@ -73,7 +72,7 @@ fn finish_read(core: &mut Core, value: u64) {
     let state = &mut core.cpu.state;
     state.set_gpr(Gpr::Rax, value & 0xffff_ffff);
     state.set_gpr(Gpr::Rdx, value >> 32);
-    core.skip_bytes(MSR_INSTRUCTION);
+    core.skip_bytes(core.exit_length);
 }
 
 /// The access failed: #GP, or user space decides if it asked to for this reason.
@@ -116,7 +115,7 @@ pub(super) fn complete(core: &mut Core, vcpu: &Vcpu, write: bool) -> Outcome {
         return general_protection(core);
     }
     if write {
-        core.skip_bytes(MSR_INSTRUCTION);
+        core.skip_bytes(core.exit_length);
     } else {
         finish_read(core, msr.data);
     }

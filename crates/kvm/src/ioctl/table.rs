@@ -383,6 +383,7 @@ table! {
         0xa5 KVM_SIGNAL_MSI (write kvm_msi) [KVM_CAP_SIGNAL_MSI] "Sends a message-signalled interrupt; how many took it." => |vm, at| value(vm.signal_msi(read(at)?)?);
         0xc0 KVM_CLEAR_DIRTY_LOG (both kvm_clear_dirty_log) [KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2] "Clears and protects the pages that a bitmap names." => clear_dirty_log;
         0xc6 KVM_X86_SET_MSR_FILTER (write kvm_msr_filter) [KVM_CAP_X86_MSR_FILTER] "Which MSRs the guest may touch." => set_msr_filter;
+        0xc7 KVM_RESET_DIRTY_RINGS (none) [KVM_CAP_DIRTY_LOG_RING] "Protects the pages that user space has collected from the rings." => |vm, _| value(vm.reset_dirty_rings()?);
         0xf0 EPTIDE_SET_ACCESS (write AccessBytes) [EPTIDE_CAP_EXECUTION_TRAPS] "Sets the access byte of each page of a range: 1 traps execution. In force before the next instruction of any vCPU." => set_access;
         0xf1 EPTIDE_GET_ACCESS (write AccessBytes) [EPTIDE_CAP_EXECUTION_TRAPS] "Reads the access bytes of a range." => get_access;
     }

@@ -123,6 +123,10 @@ impl Machine {
     pub(crate) fn new(irqchip: Irqchip, vcpus: u64, code: &[u8]) -> Machine {
         let kvm = Kvm::new().unwrap();
         let vm = kvm.create_vm().unwrap();
+        Machine::on(kvm, vm, irqchip, vcpus, code)
+    }
+
+    pub(crate) fn on(kvm: Kvm, vm: VmFd, irqchip: Irqchip, vcpus: u64, code: &[u8]) -> Machine {
         let memory = Memory::new(MEMORY);
         // SAFETY: the memory lives in the machine, which drops the VM first.
         unsafe { vm.set_user_memory_region(memory.region(0, 0)).unwrap() };
