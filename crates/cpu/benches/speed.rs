@@ -3,6 +3,7 @@
 //! `cargo bench -p eptide-cpu` prints each loop's time on both sides and the ratio. The loops
 //! are position-independent leaf functions; the guest enters them in 64-bit user mode and ends
 //! with INT3.
+#![allow(unreachable_pub, reason = "a module shared with the tests")]
 
 #[path = "../tests/guest/mod.rs"]
 mod guest;

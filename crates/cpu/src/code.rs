@@ -113,6 +113,10 @@ pub(crate) struct CodeCache {
     pages: AddressMap<u64, Page>,
     jumps: Box<[Jump; JUMPS]>,
     /// Dropped blocks, one of which may still be executing; freed at the next lookup.
+    #[allow(
+        clippy::vec_box,
+        reason = "a block that may be executing must not move"
+    )]
     dropped: Vec<Box<Block>>,
     ops: usize,
     epoch: u64,

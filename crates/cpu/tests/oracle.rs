@@ -3,6 +3,7 @@
 //!
 //! `EPTIDE_ORACLE_CASES` sets the number of cases (100,000 by default), `EPTIDE_ORACLE_SEED` the
 //! first seed. A failure prints the seed that repeats it alone.
+#![allow(unreachable_pub, reason = "modules of a test binary")]
 
 #[path = "oracle/generate.rs"]
 mod generate;
@@ -25,11 +26,11 @@ pub const DATA_LEN: u64 = 0x4000;
 
 /// User-visible registers.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct State {
-    pub gpr: [u64; 16],
-    pub rip: u64,
-    pub rflags: u64,
-    pub fpu: [u8; 832],
+pub(crate) struct State {
+    pub(crate) gpr: [u64; 16],
+    pub(crate) rip: u64,
+    pub(crate) rflags: u64,
+    pub(crate) fpu: [u8; 832],
 }
 
 impl Default for State {

@@ -41,7 +41,7 @@ fn has(needed: CpuidFeature, features: &Features) -> bool {
         | C::HLE_or_RTM
         | C::UDBG => return true,
         // Decided by the handlers: exits or #UD by mode.
-        C::VMX | C::SVM => return true,
+        C::VMX | C::SVM | C::INVEPT | C::INVVPID | C::RDPMC => return true,
         C::CET_IBT | C::CET_SS => return true,
         C::FPU => Feature::FPU,
         C::TSC => Feature::TSC,

@@ -521,7 +521,7 @@ impl Vcpu {
             return host;
         }
         let scaled = if self.secondary(SecondaryControls::TSC_SCALING) {
-            (u128::from(host) * u128::from(controls.tsc_multiplier) >> 48) as u64
+            ((u128::from(host) * u128::from(controls.tsc_multiplier)) >> 48) as u64
         } else {
             host
         };
@@ -610,7 +610,7 @@ impl Vcpu {
             return false;
         }
         // LMA is read-only.
-        self.state.efer = new - Efer::LMA | old & Efer::LMA;
+        self.state.efer = (new - Efer::LMA) | old & Efer::LMA;
         self.update_mode();
         true
     }

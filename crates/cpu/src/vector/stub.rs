@@ -134,6 +134,9 @@ struct Uses {
 fn is_x87(instruction: &Instruction) -> bool {
     use CpuidFeature as C;
     let features = instruction.cpuid_features();
+    if instruction.mnemonic() == iced_x86::Mnemonic::Wait {
+        return true;
+    }
     features
         .iter()
         .any(|f| matches!(f, C::FPU | C::FPU287 | C::FPU387))

@@ -126,7 +126,7 @@ impl Ept {
 
     pub fn map(&mut self, gpa: u64, memory: &Memory, bits: u64) {
         for offset in (0..memory.len as u64).step_by(4096) {
-            self.set(gpa + offset, memory.hva + offset | bits);
+            self.set(gpa + offset, (memory.hva + offset) | bits);
         }
     }
 }
@@ -173,8 +173,9 @@ impl Guest {
     /// Puts the processor into 64-bit mode at CPL `cpl`, the first 1 GiB mapped to itself with
     /// 2 MiB user pages by tables at guest-physical 1000H.
     pub fn long_mode(&mut self, cpl: u8) {
-        self.memory.write_u64(TABLES, TABLES + 0x1000 | 7);
-        self.memory.write_u64(TABLES + 0x1000, TABLES + 0x2000 | 7);
+        self.memory.write_u64(TABLES, (TABLES + 0x1000) | 7);
+        self.memory
+            .write_u64(TABLES + 0x1000, (TABLES + 0x2000) | 7);
         for i in 0..512 {
             self.memory
                 .write_u64(TABLES + 0x2000 + 8 * i, i << 21 | 0x87);

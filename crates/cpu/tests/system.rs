@@ -1,0 +1,14 @@
+//! System behaviour on small guests: exceptions, exits, modes, translation, code coherence.
+#![allow(unreachable_pub, reason = "modules of a test binary")]
+
+#[path = "system/bench.rs"]
+mod bench;
+#[path = "system/exceptions.rs"]
+mod exceptions;
+#[path = "system/exits.rs"]
+mod exits;
+mod guest;
+#[path = "system/modes.rs"]
+mod modes;
+#[path = "system/translation.rs"]
+mod translation;
