@@ -3,6 +3,7 @@
 use crate::controls::Controls;
 use crate::entry_checks;
 use crate::event::Event;
+use crate::machine::request;
 use crate::op::Stop;
 use crate::second_stage::StageAccess;
 use crate::vcpu::{Bus, Cause, Emulated, MmioHint, Observer, Vcpu};
@@ -13,6 +14,7 @@ use arch::exit::{ExitReason, VmExit};
 use arch::interruption::InterruptionType;
 use arch::paging::{Access, GuestError, GuestPaging, Privilege};
 use std::ptr::NonNull;
+use std::sync::atomic::Ordering;
 
 /// A linear address that [`Vcpu::translate`] translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +44,10 @@ impl Vcpu {
             cpu.settle_statistics();
             let exit = cpu.inject().unwrap_or_else(|| cpu.run());
             cpu.attention.set_in_guest(false);
-            cpu.serve_queue();
+            // What is asked from now on waits for the next entry, which looks before it executes.
+            if cpu.attention.flags.load(Ordering::SeqCst) & request::QUEUE != 0 {
+                cpu.serve_queue();
+            }
             cpu.state.set_rflags(cpu.state.rflags());
             exit
         })

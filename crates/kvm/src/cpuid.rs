@@ -360,32 +360,32 @@ impl Table {
 
     /// The answer to the CPUID instruction.
     pub fn execute(&self, function: u32, index: u32, dynamic: &Dynamic) -> Output {
-        let (function, index) = self.redirect(function, index);
-        let Some(found) = self.find(function, index) else {
-            // Topology leaves report the APIC ID in EDX and echo the sub-leaf even past the
-            // last level.
-            if matches!(function, 0xb | 0x1f)
-                && let Some(first) = self.find(function, 0)
-            {
-                return Output([0, 0, index & 0xff, first.edx]);
-            }
-            return Output::default();
-        };
-        let output = Output([found.eax, found.ebx, found.ecx, found.edx]);
-        apply_dynamic(function, index, output, dynamic)
+        if let Some(found) = self.find(function, index) {
+            let output = Output([found.eax, found.ebx, found.ecx, found.edx]);
+            return apply_dynamic(function, index, output, dynamic);
+        }
+        // Topology leaves report the APIC ID in EDX and echo the sub-leaf even past the last
+        // level.
+        if matches!(function, 0xb | 0x1f)
+            && let Some(first) = self.find(function, 0)
+        {
+            return Output([0, 0, index & 0xff, first.edx]);
+        }
+        match self.beyond(function) {
+            Some(highest) => self.execute(highest, index, dynamic),
+            None => Output::default(),
+        }
     }
 
-    /// A leaf beyond the highest of its class: zero on AMD, the highest basic leaf on Intel.
-    fn redirect(&self, function: u32, index: u32) -> (u32, u32) {
-        if self.find(function, index).is_some() || self.is_amd() {
-            return (function, index);
-        }
+    /// The leaf that answers for one beyond the highest of its class: none on AMD, where such a
+    /// leaf is zero, the highest basic leaf on Intel.
+    fn beyond(&self, function: u32) -> Option<u32> {
         let class = function & 0xffff_0000;
-        let highest = self.output(class, 0).0[0];
-        if matches!(class, 0 | 0x8000_0000) && function > highest {
-            return (self.output(0, 0).0[0], index);
-        }
-        (function, index)
+        let basic = self.output(0, 0).0[0];
+        let is_beyond = matches!(class, 0 | 0x8000_0000)
+            && function > self.output(class, 0).0[0]
+            && function != basic;
+        (is_beyond && !self.is_amd()).then_some(basic)
     }
 }
 

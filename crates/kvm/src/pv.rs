@@ -59,7 +59,7 @@ impl Core {
         self.paravirtual.clock_version = version;
         // Odd first, so that a reader that overlaps tries again; then the contents; then even.
         self.write_page(vcpu, gpa, &version.wrapping_sub(1).to_le_bytes());
-        self.write_page(vcpu, gpa + 4, &info.to_bytes()[4..]);
+        self.write_page(vcpu, gpa.wrapping_add(4), &info.to_bytes()[4..]);
         self.write_page(vcpu, gpa, &version.to_le_bytes());
     }
 
@@ -74,7 +74,7 @@ impl Core {
         let version = (u32::from_le_bytes(version) | 1).wrapping_add(1);
         let bytes = wall_clock_bytes(version, vcpu.vm().clock.wall_base());
         self.write_page(vcpu, gpa, &version.wrapping_sub(1).to_le_bytes());
-        self.write_page(vcpu, gpa + 4, &bytes[4..]);
+        self.write_page(vcpu, gpa.wrapping_add(4), &bytes[4..]);
         self.write_page(vcpu, gpa, &version.to_le_bytes());
     }
 
@@ -102,9 +102,13 @@ impl Core {
         let steal = page.steal;
         // struct kvm_steal_time: u64 steal, u32 version, u32 flags, u8 preempted.
         let gpa = register & !0x3f;
-        self.write_page(vcpu, gpa + 8, &version.wrapping_sub(1).to_le_bytes());
+        self.write_page(
+            vcpu,
+            gpa.wrapping_add(8),
+            &version.wrapping_sub(1).to_le_bytes(),
+        );
         self.write_page(vcpu, gpa, &steal.to_le_bytes());
-        self.write_page(vcpu, gpa + 12, &[0; 5]);
-        self.write_page(vcpu, gpa + 8, &version.to_le_bytes());
+        self.write_page(vcpu, gpa.wrapping_add(12), &[0; 5]);
+        self.write_page(vcpu, gpa.wrapping_add(8), &version.to_le_bytes());
     }
 }

@@ -121,6 +121,8 @@ pub(crate) struct Core {
     pub(crate) controls: Controls,
     pub(crate) events: Events,
     pub(crate) msrs: MsrState,
+    /// The VM's filter as of the last look at it.
+    pub(crate) msr_filter: Option<Arc<crate::msr_filter::MsrFilter>>,
     pub(crate) cpuid: Table,
     pub(crate) features: Features,
     pub(crate) tsc: GuestTsc,
@@ -255,6 +257,7 @@ impl Vcpu {
             controls: initial_controls(),
             events: Events::default(),
             msrs: MsrState::new(bootstrap),
+            msr_filter: None,
             cpuid: Table::default(),
             features: Features::NONE,
             tsc: GuestTsc::host(),
@@ -433,7 +436,8 @@ impl Core {
 
     /// Recomputes the MSR bitmap after the VM's filter changed.
     pub(crate) fn update_msr_bitmap(&mut self, vm: &Vm) {
-        let filter = vm.settings().msr_filter.clone();
+        self.msr_filter = vm.settings().msr_filter.clone();
+        let filter = &self.msr_filter;
         let filtered = |index, write| {
             filter
                 .as_ref()

@@ -518,7 +518,8 @@ impl Vm {
         let mut clock = data.clock;
         if data.flags & KVM_CLOCK_REALTIME != 0 {
             // Time went on while the VM was away.
-            clock += crate::time::realtime_ns().saturating_sub(data.realtime);
+            let away = crate::time::realtime_ns().saturating_sub(data.realtime);
+            clock = clock.wrapping_add(away);
         }
         self.clock.set(clock);
         self.processors.post_all(Request::CLOCK_UPDATE);

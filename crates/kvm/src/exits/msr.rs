@@ -10,7 +10,7 @@ use kvm_bindings::*;
 pub(super) fn rdmsr(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
     core.exit_length = exit.instruction_length as u64;
     let index = core.cpu.state.gpr(Gpr::Rcx) as u32;
-    if !allowed(vcpu, index, false) {
+    if !allowed(core, index, false) {
         return refuse(core, vcpu, index, None, KVM_MSR_EXIT_REASON_FILTER);
     }
     match (Access {
@@ -34,7 +34,7 @@ pub(super) fn wrmsr(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
     let state = &core.cpu.state;
     let index = state.gpr(Gpr::Rcx) as u32;
     let value = state.gpr(Gpr::Rax) & 0xffff_ffff | state.gpr(Gpr::Rdx) << 32;
-    if !allowed(vcpu, index, true) {
+    if !allowed(core, index, true) {
         return refuse(core, vcpu, index, Some(value), KVM_MSR_EXIT_REASON_FILTER);
     }
     match (Access {
@@ -53,10 +53,8 @@ pub(super) fn wrmsr(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
     }
 }
 
-fn allowed(vcpu: &Vcpu, index: u32, write: bool) -> bool {
-    let settings = vcpu.vm().settings();
-    settings
-        .msr_filter
+fn allowed(core: &Core, index: u32, write: bool) -> bool {
+    core.msr_filter
         .as_ref()
         .is_none_or(|filter| filter.allows(index, write))
 }

@@ -16,7 +16,7 @@ use crate::mailbox::{Mailbox, Request};
 use crate::time::GuestTsc;
 use crate::timers::{Expiry, Timer, Timers};
 use arch::msr::apic_base;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// Register offsets in the xAPIC page.
@@ -112,6 +112,8 @@ struct Address {
     ldr: AtomicU32,
     /// Bits below.
     mode: AtomicU32,
+    /// IA32_APIC_BASE.
+    base: AtomicU64,
 }
 
 const MODE_ENABLED: u32 = 1 << 0;
@@ -281,6 +283,7 @@ impl LocalApic {
                     id: AtomicU32::new(0),
                     ldr: AtomicU32::new(0),
                     mode: AtomicU32::new(0),
+                    base: AtomicU64::new(0),
                 },
                 mailbox,
                 timer: timers.register(target),
@@ -316,6 +319,7 @@ impl LocalApic {
         self.address
             .ldr
             .store(state.get(reg::LDR), Ordering::Relaxed);
+        self.address.base.store(state.base, Ordering::Relaxed);
         self.address.mode.store(mode, Ordering::Release);
     }
 
@@ -331,7 +335,7 @@ impl LocalApic {
 
     /// IA32_APIC_BASE.
     pub fn base(&self) -> u64 {
-        self.lock().base
+        self.address.base.load(Ordering::Relaxed)
     }
 
     /// Sets IA32_APIC_BASE. The guest must go from mode to mode as the architecture allows;
@@ -397,8 +401,9 @@ impl LocalApic {
 
     /// Whether the page at `gpa` is this APIC's register page now.
     pub fn decodes(&self, gpa: u64) -> bool {
-        let state = self.lock();
-        state.enabled() && !state.x2apic() && gpa & !0xfff == state.base & apic_base::ADDRESS
+        let base = self.base();
+        base & (apic_base::ENABLE | apic_base::X2APIC) == apic_base::ENABLE
+            && gpa & !0xfff == base & apic_base::ADDRESS
     }
 
     /// Whether the APIC is in x2APIC mode.
