@@ -82,6 +82,7 @@ pub(crate) fn check(capability: u32) -> i32 {
         | KVM_CAP_VM_TSC_CONTROL
         | KVM_CAP_MEMORY_FAULT_INFO
         | KVM_CAP_USER_MEMORY2
+        | KVM_CAP_BINARY_STATS_FD
         | KVM_CAP_VCPU_ATTRIBUTES
         | KVM_CAP_STEAL_TIME
         | CAP_EXECUTION_TRAPS => 1,

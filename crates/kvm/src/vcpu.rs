@@ -136,6 +136,7 @@ pub(crate) struct Core {
     pub(crate) debug: crate::debug::GuestDebug,
     pub(crate) signal_mask: Option<u64>,
     pub(crate) counters: Counters,
+    pub(crate) stats: Option<crate::stats::StatsFile>,
     /// An interrupt may be deliverable: look before the next entry.
     pub(crate) look_for_events: bool,
     /// IA32_APIC_BASE when no local APIC is in this process.
@@ -274,6 +275,7 @@ impl Vcpu {
             debug: crate::debug::GuestDebug::default(),
             signal_mask: None,
             counters: Counters::default(),
+            stats: None,
             look_for_events: true,
             apic_base,
             sipi_vector: 0,
@@ -950,6 +952,23 @@ impl Core {
         run.apic_base = vcpu.apic_base(self);
         run.ready_for_interrupt_injection = (ready || vcpu.apic().is_some()) as u8;
         self.sync_out(vcpu);
+        if let Some(stats) = &self.stats {
+            stats.update(self.counters.named().into_iter().map(|(_, value)| value));
+        }
+        vcpu.vm().update_stats();
+    }
+
+    /// KVM_GET_STATS_FD.
+    pub(crate) fn stats_descriptor(&mut self, vcpu: &Vcpu) -> Result<std::os::fd::OwnedFd> {
+        let named = self.counters.named();
+        if self.stats.is_none() {
+            let names: Vec<_> = named.iter().map(|(name, _)| *name).collect();
+            let id = format!("kvm-{}/vcpu-{}", std::process::id(), vcpu.id());
+            self.stats = Some(crate::stats::StatsFile::new(&id, &names)?);
+        }
+        let stats = self.stats.as_ref().ok_or(crate::Error::new(libc::ENOMEM))?;
+        stats.update(named.into_iter().map(|(_, value)| value));
+        stats.descriptor()
     }
 
     /// Reads registers that user space put into `kvm_run` (KVM_CAP_SYNC_REGS, and CR8 when the

@@ -128,6 +128,7 @@ pub(crate) struct Vm {
     pub(crate) coalesced: Coalesced,
     pub(crate) rings: Arc<crate::dirty_ring::Rings>,
     pub(crate) fd: SharedMemory,
+    stats: OnceLock<crate::stats::StatsFile>,
     apics: Arc<Apics>,
     irqchip: OnceLock<Arc<IrqChip>>,
     settings: ArcSwap<Settings>,
@@ -172,6 +173,7 @@ impl Vm {
             coalesced: Coalesced::new()?,
             rings: Arc::default(),
             fd: SharedMemory::new("kvm-vm", crate::run_area::PAGE, crate::run_area::PAGE)?,
+            stats: OnceLock::new(),
             apics: Arc::default(),
             irqchip: OnceLock::new(),
             settings: ArcSwap::default(),
@@ -496,6 +498,28 @@ impl Vm {
             offset,
         };
         offset
+    }
+
+    /// KVM_GET_STATS_FD.
+    pub(crate) fn stats_descriptor(&self) -> Result<std::os::fd::OwnedFd> {
+        if self.stats.get().is_none() {
+            let counters = self.mmu.stats();
+            let names: Vec<_> = counters.iter().map(|(name, _)| name).collect();
+            let id = format!("kvm-{}", std::process::id());
+            // Whoever was first made the same file.
+            let _ = self.stats.set(crate::stats::StatsFile::new(&id, &names)?);
+        }
+        self.update_stats();
+        let stats = self.stats.get().ok_or(Error::new(libc::ENOMEM))?;
+        stats.descriptor()
+    }
+
+    /// Brings the statistics file up to date, if there is one.
+    pub(crate) fn update_stats(&self) {
+        if let Some(stats) = self.stats.get() {
+            let counters = self.mmu.stats();
+            stats.update(counters.iter().map(|(_, value)| value));
+        }
     }
 
     /// KVM_GET_CLOCK.

@@ -561,6 +561,42 @@ fn missing_memory() {
 }
 
 #[test]
+fn counters_are_files() {
+    use std::os::unix::fs::FileExt;
+    let code = assemble(|a| {
+        stop(a)?;
+        stop(a)
+    });
+    let mut machine = Machine::new(Irqchip::None, 1, &code);
+    let file = std::fs::File::from(machine.vcpu().get_stats_fd().unwrap());
+    let mmu = std::fs::File::from(machine.vm.get_stats_fd().unwrap());
+    let value = |file: &std::fs::File, wanted: &str| {
+        let word = |at: u64| {
+            let mut bytes = [0; 4];
+            file.read_exact_at(&mut bytes, at).unwrap();
+            u32::from_le_bytes(bytes) as u64
+        };
+        let (name_size, count, descriptors, data) = (word(4), word(8), word(16), word(20));
+        let found = (0..count)
+            .map(|i| descriptors + i * (16 + name_size))
+            .find(|&at| {
+                let mut name = vec![0; name_size as usize];
+                file.read_exact_at(&mut name, at + 16).unwrap();
+                name.split(|&byte| byte == 0).next().unwrap() == wanted.as_bytes()
+            });
+        let mut bytes = [0; 8];
+        let at = data + word(found.unwrap() + 8);
+        file.read_exact_at(&mut bytes, at).unwrap();
+        u64::from_le_bytes(bytes)
+    };
+    assert_eq!(value(&file, "io_exits"), 0);
+    runs_to_stop(&mut machine);
+    runs_to_stop(&mut machine);
+    assert_eq!(value(&file, "io_exits"), 2);
+    assert!(value(&mmu, "faults") >= 2);
+}
+
+#[test]
 fn a_triple_fault_shuts_down() {
     let code = assemble(|a| a.ud2());
     let mut machine = Machine::new(Irqchip::None, 1, &code);

@@ -338,6 +338,11 @@ impl VcpuFd {
         Ok(entries.iter().map_while(&mut write).count())
     }
 
+    /// KVM_GET_STATS_FD: counters of exits and injections.
+    pub fn get_stats_fd(&self) -> Result<std::os::fd::OwnedFd> {
+        self.core()?.stats_descriptor(&self.vcpu)
+    }
+
     /// KVM_X86_SET_MCE.
     pub fn set_mce(&self, mce: &kvm_x86_mce) -> Result<()> {
         self.core()?.set_mce(mce)

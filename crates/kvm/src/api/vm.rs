@@ -244,6 +244,11 @@ impl VmFd {
         Ok(bitmap)
     }
 
+    /// KVM_GET_STATS_FD: the MMU's counters.
+    pub fn get_stats_fd(&self) -> Result<std::os::fd::OwnedFd> {
+        self.vm.stats_descriptor()
+    }
+
     /// KVM_RESET_DIRTY_RINGS: how many pages user space had collected from the rings.
     pub fn reset_dirty_rings(&self) -> Result<i32> {
         self.vm.reset_dirty_rings()

@@ -384,6 +384,7 @@ table! {
         0xc0 KVM_CLEAR_DIRTY_LOG (both kvm_clear_dirty_log) [KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2] "Clears and protects the pages that a bitmap names." => clear_dirty_log;
         0xc6 KVM_X86_SET_MSR_FILTER (write kvm_msr_filter) [KVM_CAP_X86_MSR_FILTER] "Which MSRs the guest may touch." => set_msr_filter;
         0xc7 KVM_RESET_DIRTY_RINGS (none) [KVM_CAP_DIRTY_LOG_RING] "Protects the pages that user space has collected from the rings." => |vm, _| value(vm.reset_dirty_rings()?);
+        0xce KVM_GET_STATS_FD (none) [KVM_CAP_BINARY_STATS_FD] "A file of the MMU's counters." => |vm, _| vm.get_stats_fd().map(Answer::Descriptor);
         0xf0 EPTIDE_SET_ACCESS (write AccessBytes) [EPTIDE_CAP_EXECUTION_TRAPS] "Sets the access byte of each page of a range: 1 traps execution. In force before the next instruction of any vCPU." => set_access;
         0xf1 EPTIDE_GET_ACCESS (write AccessBytes) [EPTIDE_CAP_EXECUTION_TRAPS] "Reads the access bytes of a range." => get_access;
     }
@@ -438,6 +439,7 @@ table! {
         0xad KVM_KVMCLOCK_CTRL (none) [KVM_CAP_KVMCLOCK_CTRL] "Tells the guest that it was stopped." => |vcpu, _| vcpu.kvmclock_ctrl().and(DONE);
         0xcc KVM_GET_SREGS2 (read kvm_sregs2) [KVM_CAP_SREGS2] "As KVM_GET_SREGS, with the PDPTEs." => |vcpu, at| give(at, vcpu.get_sregs2());
         0xcd KVM_SET_SREGS2 (write kvm_sregs2) [KVM_CAP_SREGS2] "As KVM_SET_SREGS, with the PDPTEs." => |vcpu, at| take(at, |sregs| vcpu.set_sregs2(&sregs));
+        0xce KVM_GET_STATS_FD (none) [KVM_CAP_BINARY_STATS_FD] "A file of the vCPU's counters." => |vcpu, _| vcpu.get_stats_fd().map(Answer::Descriptor);
         0xcf KVM_GET_XSAVE2 (read [u32; 1024]) [KVM_CAP_XSAVE2] "As KVM_GET_XSAVE: no offered component needs more room." => |vcpu, at| give(at, vcpu.get_xsave().map(|xsave| xsave.region));
         0xe1 KVM_SET_DEVICE_ATTR (write kvm_device_attr) [KVM_CAP_VCPU_ATTRIBUTES] "Sets the offset of the counter." => |vcpu, at| take(at, |attribute| {
             tsc_attribute(&attribute)?;
