@@ -15,6 +15,7 @@ use clap::Parser;
 use cli::{Cli, Command};
 
 fn main() -> ExitCode {
+    terminal::install_hooks();
     let result: Result<_, Box<dyn std::error::Error>> = match Cli::parse().command {
         Command::Demo(args) => commands::demo::run(&args).map_err(Into::into),
         Command::Doctor => commands::doctor::run().map_err(Into::into),

@@ -51,12 +51,9 @@ impl RawTerminal {
             Some(saved) => *saved,
             None => *SAVED.get_or_init(attributes_or_default),
         };
-        install_hooks();
         let mut raw = saved;
         // SAFETY: `raw` is a valid termios; the function only edits its flags.
         unsafe { libc::cfmakeraw(&mut raw) };
-        // Output processing stays on: host messages and guest lines both end where they should.
-        raw.c_oflag = saved.c_oflag;
         RAW.store(true, Ordering::SeqCst);
         set_attributes(&raw)?;
         Ok(Some(Self(())))
@@ -97,18 +94,18 @@ fn set_attributes(attributes: &libc::termios) -> io::Result<()> {
     }
 }
 
-fn install_hooks() {
-    static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        let previous = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            restore();
-            previous(info);
-        }));
-        for (slot, signal) in FATAL.iter().enumerate() {
-            install_fatal_handler(slot, *signal);
-        }
-    });
+/// Installs what restores the terminal on a panic or a fatal fault. To be called once, before the
+/// KVM implementation starts: it recovers from faults on guest memory with handlers of its own,
+/// which must see them first.
+pub(crate) fn install_hooks() {
+    let previous = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        restore();
+        previous(info);
+    }));
+    for (slot, signal) in FATAL.iter().enumerate() {
+        install_fatal_handler(slot, *signal);
+    }
 }
 
 /// Signals that end the process from within.

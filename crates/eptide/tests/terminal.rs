@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{eptide, own_guest, run, wait};
+use common::{eptide, long_tests, own_guest, run, wait};
 
 /// A terminal with a command on it.
 struct Session {
@@ -62,7 +62,7 @@ impl Session {
     }
 
     fn wait_for(&mut self, text: &str) {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + Duration::from_secs(180);
         let mut chunk = [0; 1024];
         while !self.seen.contains(text) {
             assert!(Instant::now() < deadline, "no {text:?} in {:?}", self.seen);
@@ -73,6 +73,11 @@ impl Session {
             self.seen
                 .push_str(&String::from_utf8_lossy(&chunk[..count]));
         }
+    }
+
+    fn type_in(&mut self, keys: &[u8], expected: &str) {
+        self.terminal.write_all(keys).unwrap();
+        self.wait_for(expected);
     }
 
     /// Whether the command has written something, within a moment.
@@ -146,13 +151,31 @@ fn a_fatal_signal_restores_too() {
 #[test]
 fn ctrl_c_belongs_to_the_guest() {
     let mut session = Session::start(&mut idle_guest(), "idle");
-    session.terminal.write_all(b"\x03").unwrap();
     // The guest answers each byte it receives with the byte plus '@'.
-    session.wait_for("[C]");
-    session.terminal.write_all(b"\x01\x01").unwrap();
-    session.wait_for("[A]");
+    session.type_in(b"\x03", "[C]");
+    session.type_in(b"\x01\x01", "[A]");
     session.terminal.write_all(b"\x01x").unwrap();
     assert_eq!(wait(&mut session.child), Some(0));
+}
+
+#[test]
+fn a_person_can_work_in_the_demonstration() {
+    if !long_tests() {
+        return;
+    }
+    let mut session = Session::start(eptide().arg("demo"), "guest# ");
+    assert!(session.is_raw());
+    session.type_in(b"echo answer: $((6 * 7))\r", "answer: 42");
+    // Editing, job control and the interrupt key are the guest's.
+    session.type_in(b"echo now run''ning; sleep 1000\r", "now running");
+    // The shell starts the command after it has printed; until then the key would be its own.
+    std::thread::sleep(Duration::from_secs(2));
+    session.type_in(b"\x03", "^C");
+    session.type_in(b"echo interrupted: $?\r", "interrupted: 130");
+    session.type_in(b"poweroff -f\r", "time in all");
+    session.wait_for("exits to user space: interrupted");
+    assert_eq!(wait(&mut session.child), Some(0));
+    assert!(!session.is_raw());
 }
 
 #[test]
