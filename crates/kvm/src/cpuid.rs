@@ -2,7 +2,7 @@
 //!
 //! Supported leaves follow the host's, cut down to what the processor implements and what is
 //! emulated here. AVX-512, AMX, VMX, SVM and everything else unimplemented is absent, since a
-//! feature bit is offered only if it is in [`cpu::Vcpu::host_features`] or in [`EMULATED`].
+//! feature bit is offered only if it is in [`cpu::Vcpu::host_features`] or emulated here (`EMULATED`).
 
 use arch::control_registers::{Cr4, Xcr0};
 use arch::cpuid::{Feature, Features, Output, Register, Word};

@@ -87,4 +87,4 @@ fn push_name(bytes: &mut Vec<u8>, name: &str) {
 
 const _: () = assert!(size_of::<kvm_stats_header>() == 24 && size_of::<kvm_stats_desc>() == 16);
 // The data is 8-byte aligned whatever the number of descriptors.
-const _: () = assert!((size_of::<kvm_stats_header>() + NAME) % 8 == 0);
+const _: () = assert!((size_of::<kvm_stats_header>() + NAME).is_multiple_of(8));

@@ -9,7 +9,7 @@
 //!
 //! [`IrqChip`] ties them together for one VM: it is full (8259s and I/O APIC here) or split (only
 //! local APICs here). Locks are taken downwards in the picture; a local APIC never calls up with
-//! its lock held, so an EOI returns to [`IrqChip::end_of_interrupt`] as an [`Effect`].
+//! its lock held, so an EOI returns to [`IrqChip::apply`] as an [`Effect`].
 
 pub mod apics;
 pub mod ioapic;
