@@ -310,7 +310,7 @@ impl Core {
     }
 
     /// The PDPTE registers, from memory, as a load of CR3 would fill them.
-    fn load_pdptes(&mut self, vcpu: &Vcpu) {
+    pub(crate) fn load_pdptes(&mut self, vcpu: &Vcpu) {
         let state = &self.cpu.state;
         let pae = state.cr0.contains(Cr0::PG)
             && state.cr4.contains(Cr4::PAE)
