@@ -483,8 +483,12 @@ impl Core {
 
     /// KVM_GET_MP_STATE.
     pub(crate) fn mp_state(&self) -> kvm_mp_state {
+        let state = match self.mp_state {
+            MpState::Halted if self.kicked => MpState::Runnable,
+            state => state,
+        };
         kvm_mp_state {
-            mp_state: self.mp_state as u32,
+            mp_state: state as u32,
         }
     }
 
