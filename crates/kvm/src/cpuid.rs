@@ -68,7 +68,9 @@ pub mod pv {
         | NOP_IO_DELAY
         | CLOCKSOURCE2
         | STEAL_TIME
+        | PV_EOI
         | PV_UNHALT
+        | PV_TLB_FLUSH
         | PV_SEND_IPI
         | POLL_CONTROL
         | PV_SCHED_YIELD

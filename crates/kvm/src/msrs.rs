@@ -227,6 +227,12 @@ static TABLE: &[Row] = &[
         h::write_steal_time,
     ),
     one(
+        msr::KVM_PV_EOI_EN,
+        State,
+        h::read_paravirtual,
+        h::write_pv_eoi,
+    ),
+    one(
         msr::KVM_POLL_CONTROL,
         State,
         h::read_paravirtual,

@@ -1,4 +1,4 @@
-//! Pages that guests share with KVM: system time, wall clock, steal time.
+//! Pages that guests share with KVM: system time, wall clock, steal time, end of interrupt.
 //!
 //! Source: the kernel's "KVM-specific MSRs".
 
@@ -8,6 +8,8 @@ use crate::time::monotonic_ns;
 use crate::vcpu::{Core, Vcpu};
 use arch::addr::Gpa;
 use arch::msr;
+use mmu::HostAccess;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 /// Bit 0 of the system-time and steal-time MSRs: the page is in use.
 const ENABLED: u64 = 1;
@@ -20,11 +22,25 @@ pub(crate) struct ParavirtualPages {
     clock_version: u32,
     /// KVM_KVMCLOCK_CTRL: tell the guest that it was stopped.
     pub(crate) stopped: bool,
-    steal_version: u32,
-    steal: u64,
+    /// Where the steal-time record is, if it is in use.
+    steal: Option<u64>,
     /// Run delay of this thread when it was last added.
     last_delay: Option<u64>,
     last_look: u64,
+    /// Where the end-of-interrupt flag is, if it is in use.
+    eoi: Option<u64>,
+    /// The flag is set: the guest may end the interrupt in service by clearing it.
+    eoi_offered: bool,
+}
+
+/// struct kvm_steal_time: u64 steal, u32 version, u32 flags, u8 preempted.
+mod steal {
+    pub(super) const VERSION: u64 = 8;
+    pub(super) const PREEMPTED: u64 = 16;
+    /// The vCPU does not run.
+    pub(super) const NOT_RUNNING: u8 = 1;
+    /// Another vCPU wants translations flushed before this one runs again.
+    pub(super) const FLUSH: u8 = 2;
 }
 
 impl Core {
@@ -78,37 +94,142 @@ impl Core {
         self.write_page(vcpu, gpa, &version.to_le_bytes());
     }
 
-    /// The guest enabled (or moved) its steal-time record: count from here.
-    pub(crate) fn start_steal_time(&mut self) {
+    /// The guest wrote the steal-time MSR: count from here.
+    pub(crate) fn set_steal_time(&mut self, register: u64) {
+        self.paravirtual.steal = (register & ENABLED != 0).then_some(register & !0x3f);
         self.paravirtual.last_delay = None;
         self.paravirtual.last_look = 0;
     }
 
+    fn read_word<const N: usize>(&self, vcpu: &Vcpu, gpa: u64) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        let space = self.mmu.address_space();
+        let read = vcpu.vm().mmu.read_guest(space, Gpa::new(gpa), &mut bytes);
+        read.ok().map(|()| bytes)
+    }
+
     /// Adds what the scheduler took from this thread to the steal-time record.
     pub(crate) fn update_steal_time(&mut self, vcpu: &Vcpu) {
-        let register = self.msrs.get(msr::KVM_STEAL_TIME);
+        let Some(gpa) = self.paravirtual.steal else {
+            return;
+        };
         let now = monotonic_ns();
-        if register & ENABLED == 0 || now < self.paravirtual.last_look + STEAL_INTERVAL {
+        if now < self.paravirtual.last_look + STEAL_INTERVAL {
             return;
         }
-        let page = &mut self.paravirtual;
-        page.last_look = now;
+        self.paravirtual.last_look = now;
         let delay = run_delay();
-        if let Some(last) = page.last_delay.replace(delay) {
-            page.steal += delay.saturating_sub(last);
+        let last = self.paravirtual.last_delay.replace(delay);
+        let more = delay.saturating_sub(last.unwrap_or(delay));
+        let version_at = gpa.wrapping_add(steal::VERSION);
+        let (Some(sum), Some(version)) =
+            (self.read_word(vcpu, gpa), self.read_word(vcpu, version_at))
+        else {
+            return;
+        };
+        let sum = u64::from_le_bytes(sum).wrapping_add(more);
+        let version = u32::from_le_bytes(version) & !1;
+        self.write_page(vcpu, version_at, &(version | 1).to_le_bytes());
+        self.write_page(vcpu, gpa, &sum.to_le_bytes());
+        self.write_page(vcpu, version_at, &version.wrapping_add(2).to_le_bytes());
+    }
+
+    /// Tells other vCPUs that this one is about to sleep: they need not wait for it, neither at a
+    /// lock nor for a flush of its translations.
+    pub(crate) fn mark_not_running(&self, vcpu: &Vcpu) {
+        if let Some(gpa) = self.paravirtual.steal {
+            self.write_page(
+                vcpu,
+                gpa.wrapping_add(steal::PREEMPTED),
+                &[steal::NOT_RUNNING],
+            );
         }
-        let version = page.steal_version.wrapping_add(2) & !1;
-        page.steal_version = version;
-        let steal = page.steal;
-        // struct kvm_steal_time: u64 steal, u32 version, u32 flags, u8 preempted.
-        let gpa = register & !0x3f;
-        self.write_page(
-            vcpu,
-            gpa.wrapping_add(8),
-            &version.wrapping_sub(1).to_le_bytes(),
-        );
-        self.write_page(vcpu, gpa, &steal.to_le_bytes());
-        self.write_page(vcpu, gpa.wrapping_add(12), &[0; 5]);
-        self.write_page(vcpu, gpa.wrapping_add(8), &version.to_le_bytes());
+    }
+
+    /// Takes the mark back, and makes the flush that another vCPU left to be made.
+    pub(crate) fn mark_running(&mut self, vcpu: &Vcpu) {
+        let Some(gpa) = self.paravirtual.steal else {
+            return;
+        };
+        let gpa = Gpa::new(gpa.wrapping_add(steal::PREEMPTED));
+        let (mmu, space) = (&vcpu.vm().mmu, self.mmu.address_space());
+        let slots = mmu.slots();
+        let Ok(hva) = mmu.host_address(space, gpa, HostAccess::Write) else {
+            return;
+        };
+        // SAFETY: the MMU has just shown the page to be there and writable, and the slots guard
+        // keeps its slot. Guest memory is only ever accessed through raw pointers and atomics.
+        let old = unsafe { AtomicU8::from_ptr(hva.get() as *mut u8) }.swap(0, Ordering::SeqCst);
+        drop(slots);
+        mmu.mark_dirty(space, gpa.gfn());
+        if old & steal::FLUSH != 0 {
+            self.flush_guest_translations();
+        }
+    }
+
+    /// Drops the translations that the guest's own tables made, as the guest would.
+    pub(crate) fn flush_guest_translations(&mut self) {
+        self.counters.tlb_flushes += 1;
+        self.cpu.flush(cpu::Flush::Guest);
+    }
+
+    /// The guest wrote the end-of-interrupt MSR.
+    pub(crate) fn set_eoi_flag(&mut self, register: u64) {
+        self.paravirtual.eoi = (register & ENABLED != 0).then_some(register & !ENABLED);
+        self.paravirtual.eoi_offered = false;
+    }
+
+    /// Before an entry: if ending the interrupt in service has no effect but on the local APIC's
+    /// registers, lets the guest end it by clearing a flag in memory.
+    pub(crate) fn offer_eoi(&mut self, vcpu: &Vcpu) {
+        let Some(gpa) = self.paravirtual.eoi else {
+            return;
+        };
+        let (Some(apic), Some(chip)) = (vcpu.apic(), vcpu.vm().irqchip()) else {
+            return;
+        };
+        let Some(vector) = apic.quiet_in_service() else {
+            return;
+        };
+        if !chip.reports_eoi(vector) {
+            self.write_page(vcpu, gpa, &[1]);
+            self.paravirtual.eoi_offered = true;
+        }
+    }
+
+    /// After an exit: ends the interrupt if the guest cleared the flag, and withdraws the offer,
+    /// which may not hold for what is done before the next entry. That entry looks again.
+    pub(crate) fn collect_eoi(&mut self, vcpu: &Vcpu) {
+        if !std::mem::take(&mut self.paravirtual.eoi_offered) {
+            return;
+        }
+        let (Some(gpa), Some(apic)) = (self.paravirtual.eoi, vcpu.apic()) else {
+            return;
+        };
+        match self.read_word(vcpu, gpa) {
+            Some([flag]) if flag & 1 == 0 => {
+                let effect = apic.end_of_interrupt();
+                vcpu.apply(self, effect);
+            }
+            _ => {
+                self.write_page(vcpu, gpa, &[0]);
+                self.look_for_events = true;
+            }
+        }
+    }
+
+    /// INIT takes the processor's paravirtual pages out of use: their memory may become something
+    /// else before the processor is started again.
+    pub(crate) fn reset_paravirtual(&mut self) {
+        for register in [
+            msr::KVM_SYSTEM_TIME,
+            msr::KVM_SYSTEM_TIME_NEW,
+            msr::KVM_STEAL_TIME,
+            msr::KVM_PV_EOI_EN,
+        ] {
+            self.msrs.set(register, 0);
+        }
+        self.set_steal_time(0);
+        self.set_eoi_flag(0);
     }
 }

@@ -119,6 +119,8 @@ pub(crate) struct Core {
     pub(crate) cpu: Box<cpu::Vcpu>,
     pub(crate) mmu: mmu::Vcpu,
     pub(crate) controls: Controls,
+    /// The VM has no EPT.
+    pub(crate) has_shadow_paging: bool,
     pub(crate) events: Events,
     pub(crate) msrs: MsrState,
     /// The VM's filter as of the last look at it.
@@ -259,6 +261,7 @@ impl Vcpu {
             cpu,
             mmu: vm.mmu.create_vcpu(id),
             controls: initial_controls(),
+            has_shadow_paging: vm.mmu.config().shadow,
             events: Events::default(),
             msrs: MsrState::new(bootstrap),
             msr_filter: None,
@@ -285,6 +288,9 @@ impl Vcpu {
             kicked: false,
             has_run: false,
         };
+        if core.has_shadow_paging {
+            exits::shadow::choose_controls(&mut core.controls);
+        }
         core.set_tsc(vm.initial_tsc());
         core.update_msr_bitmap(vm);
         Ok(Arc::new(Vcpu {
@@ -650,16 +656,22 @@ impl Core {
             self.give_back_injection();
             return Outcome::Resume;
         }
+        let guest = self.put_processor_registers();
         let exit = self.cpu.enter(&self.controls);
+        self.take_guest_registers(guest);
         self.mmu.gate().exit();
         self.counters.exits += 1;
         self.counters.by_reason.count(exit.reason);
         self.take_back_event(&exit);
+        self.collect_eoi(vcpu);
         exits::handle(self, vcpu, &exit)
     }
 
-    /// The EPT pointer.
+    /// The EPT pointer. Without EPT that is nothing, and the shadow root is in the controls.
     pub(crate) fn load(&mut self, vcpu: &Vcpu) -> std::result::Result<Eptp, Outcome> {
+        if self.has_shadow_paging {
+            return self.load_shadow(vcpu).map(|()| Eptp::default());
+        }
         vcpu.vm()
             .mmu
             .load(&mut self.mmu)
@@ -765,6 +777,8 @@ impl Core {
                 self.controls.primary |= PrimaryControls::INTERRUPT_WINDOW_EXITING;
             }
         }
+        self.offer_eoi(vcpu);
+        self.update_steal_time(vcpu);
         if vcpu.apic().is_none() && vcpu.kvm_run(self).request_interrupt_window != 0 {
             self.controls.primary |= PrimaryControls::INTERRUPT_WINDOW_EXITING;
             self.look_for_events = true;
@@ -797,7 +811,7 @@ impl Core {
             self.update_steal_time(vcpu);
         }
         if mailbox.take(Request::TLB_FLUSH) {
-            self.cpu.flush(Flush::Guest);
+            self.flush_guest_translations();
         }
         if mailbox.take(Request::TRIPLE_FAULT) {
             self.events.triple_fault = true;
@@ -859,6 +873,8 @@ impl Core {
         self.events = Events::default();
         self.completion = None;
         self.emulation = Emulation::default();
+        self.kicked = false;
+        self.reset_paravirtual();
         if let Some(apic) = vcpu.apic() {
             apic.reset(false);
         }
@@ -912,10 +928,12 @@ impl Core {
             } else {
                 LONG
             };
+            self.mark_not_running(vcpu);
             let woken = mailbox.sleep(
                 || !mailbox.is_empty() || vcpu.run_area().immediate_exit(),
                 timeout,
             );
+            self.mark_running(vcpu);
             if woken == Woken::Signal
                 || vcpu.run_area().immediate_exit()
                 || self.signal_pending(vcpu)

@@ -49,7 +49,7 @@ fn execute(core: &mut Core, vcpu: &Vcpu, number: u64, arguments: [u64; 4]) -> i6
     match number {
         VAPIC_POLL_IRQ => 0,
         KICK_CPU if offered(pv::PV_UNHALT) => kick(vcpu, arguments[1] as u32),
-        SEND_IPI if offered(pv::PV_SEND_IPI) => send_ipis(vcpu, arguments),
+        SEND_IPI if offered(pv::PV_SEND_IPI) => send_ipis(vcpu, arguments, core.is_64bit()),
         SCHED_YIELD if offered(pv::PV_SCHED_YIELD) => {
             std::thread::yield_now();
             0
@@ -71,8 +71,8 @@ fn kick(vcpu: &Vcpu, apic_id: u32) -> i64 {
     0
 }
 
-/// Sends a fixed interrupt to each APIC whose bit is set in a 128-bit map from an ID on.
-fn send_ipis(vcpu: &Vcpu, [low, high, first, icr]: [u64; 4]) -> i64 {
+/// Sends a fixed interrupt to each APIC whose bit is set in a map of two registers from an ID on.
+fn send_ipis(vcpu: &Vcpu, [low, high, first, icr]: [u64; 4], wide: bool) -> i64 {
     let Some(chip) = vcpu.vm().irqchip() else {
         return -error::NO_SYSTEM_CALL;
     };
@@ -80,7 +80,7 @@ fn send_ipis(vcpu: &Vcpu, [low, high, first, icr]: [u64; 4]) -> i64 {
     if !matches!(mode, DeliveryMode::Fixed | DeliveryMode::Nmi) {
         return -error::INVALID;
     }
-    let map = low as u128 | (high as u128) << 64;
+    let map = low as u128 | (high as u128) << if wide { 64 } else { 32 };
     let targets = (0..128u32).filter(|bit| map >> bit & 1 != 0);
     let mut sent = 0;
     for bit in targets {

@@ -571,6 +571,15 @@ impl LocalApic {
         }
     }
 
+    /// The vector in service, if it is edge-triggered and no other vector waits: nobody but this
+    /// APIC need hear of its end at once.
+    pub fn quiet_in_service(&self) -> Option<u8> {
+        let state = self.lock();
+        let vector = state.highest(reg::ISR)?;
+        let quiet = state.highest(reg::IRR).is_none() && !state.bit(reg::TMR, vector);
+        quiet.then_some(vector)
+    }
+
     /// Whether `vector` waits in the IRR or is in service.
     pub fn is_pending_or_in_service(&self, vector: u8) -> bool {
         let state = self.lock();

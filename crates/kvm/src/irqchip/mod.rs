@@ -268,6 +268,24 @@ impl IrqChip {
         None
     }
 
+    /// Whether somebody waits for the end of the edge-triggered interrupt `vector`.
+    pub fn reports_eoi(&self, vector: u8) -> bool {
+        if self.model != Model::Full || !self.has_notifiers.load(Ordering::Relaxed) {
+            return false;
+        }
+        let pins: Vec<usize> = self.lock().ioapic.pins_of(vector).collect();
+        let routing = self.routing.load();
+        let notifiers = self
+            .notifiers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        pins.into_iter().any(|pin| {
+            routing
+                .gsis_of(Route::IoApic(pin as u8))
+                .any(|gsi| notifiers.iter().any(|(wanted, _)| *wanted == gsi))
+        })
+    }
+
     /// Tells notifiers of every GSI that leads to `route`.
     fn notify(&self, route: Route) {
         if !self.has_notifiers.load(Ordering::Relaxed) {

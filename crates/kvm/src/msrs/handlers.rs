@@ -532,11 +532,20 @@ pub(super) fn write_steal_time(access: &mut Access<'_>, value: u64) -> Result<()
     if value & RESERVED != 0 {
         return Err(INVALID);
     }
-    access.core.start_steal_time();
+    access.core.set_steal_time(value);
     access
         .vcpu
         .mailbox()
         .post_own(crate::mailbox::Request::STEAL_UPDATE);
+    write_stored(access, value)
+}
+
+pub(super) fn write_pv_eoi(access: &mut Access<'_>, value: u64) -> Result<()> {
+    const RESERVED: u64 = 0x2;
+    if value & RESERVED != 0 {
+        return Err(INVALID);
+    }
+    access.core.set_eoi_flag(value);
     write_stored(access, value)
 }
 
