@@ -8,7 +8,7 @@ use crate::{Outcome, licences};
 /// A step's name and what it does.
 type Step = (&'static str, fn() -> Outcome);
 
-const STEPS: [Step; 6] = [
+const STEPS: [Step; 7] = [
     ("format", || cargo(&["fmt", "--all", "--check"], &[])),
     ("licences", licences::run),
     ("clippy", || {
@@ -24,7 +24,17 @@ const STEPS: [Step; 6] = [
             &[],
         )
     }),
-    ("tests", tests),
+    ("tests", || nextest(&["--workspace"])),
+    ("models", || {
+        nextest(&[
+            "-p",
+            "eptide-mmu",
+            "--features",
+            "model",
+            "--test",
+            "models",
+        ])
+    }),
     ("doctests", || {
         cargo(&["test", "--workspace", "--doc", "--quiet"], &[])
     }),
@@ -64,15 +74,15 @@ pub(crate) fn run(names: &[&str]) -> Outcome {
     Ok(())
 }
 
-/// The README's test command.
-fn tests() -> Outcome {
+/// `cargo nextest run`; with `--workspace` it is the README's test command.
+fn nextest(arguments: &[&str]) -> Outcome {
     let found = Command::new("cargo")
         .args(["nextest", "--version"])
         .output();
     if !found.is_ok_and(|output| output.status.success()) {
         return Err("cargo-nextest is missing: cargo install --locked cargo-nextest".into());
     }
-    cargo(&["nextest", "run", "--workspace"], &[])
+    cargo(&[&["nextest", "run"], arguments].concat(), &[])
 }
 
 fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {

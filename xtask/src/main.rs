@@ -13,7 +13,8 @@ const USAGE: &str = "\
 usage: cargo xtask <chore>
 
   check               everything CI checks; the first failing step ends it
-  check <step>…       only these steps: format, clippy, docs, licences, tests, doctests
+  check <step>…       only these steps: format, licences, clippy, tests, models, doctests,
+                      docs
   fetch [package…]    guest material from Debian packages into the cache folder
                       (default: what the demo and the boot tests need)
   fetch --refresh …   the current version, even if the cache has one

@@ -398,6 +398,17 @@ pub const fn task_switch_qualification(source: TaskSwitchSource, selector: u16) 
     selector as u64 | (source as u64) << 30
 }
 
+/// What the exit qualification of a task switch says: its source and the selector of the new TSS.
+pub const fn task_switch_from_qualification(q: u64) -> (TaskSwitchSource, u16) {
+    let source = match q >> 30 & 3 {
+        0 => TaskSwitchSource::Call,
+        1 => TaskSwitchSource::Iret,
+        2 => TaskSwitchSource::Jmp,
+        _ => TaskSwitchSource::Idt,
+    };
+    (source, q as u16)
+}
+
 /// Instruction information of string I/O (INS, OUTS).
 pub const fn string_io_info(address_size: u8, segment: u8) -> u32 {
     let size = match address_size {
@@ -455,5 +466,17 @@ mod tests {
             register: 12,
         };
         assert_eq!(DrAccess::from_qualification(dr.qualification()), dr);
+        for source in [
+            TaskSwitchSource::Call,
+            TaskSwitchSource::Iret,
+            TaskSwitchSource::Jmp,
+            TaskSwitchSource::Idt,
+        ] {
+            let qualification = task_switch_qualification(source, 0xfff8);
+            assert_eq!(
+                task_switch_from_qualification(qualification),
+                (source, 0xfff8)
+            );
+        }
     }
 }

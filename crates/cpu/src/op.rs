@@ -11,11 +11,11 @@ pub(crate) enum Flow {
     Next,
     /// RIP is set: the block ends.
     Branch,
-    /// The instruction did not complete; the reason is in [`Vcpu::stop`].
+    /// The instruction did not complete; the reason is in [`Vcpu::cause`].
     Stop,
 }
 
-/// The error of everything that can cut an instruction short. The reason is in [`Vcpu::stop`].
+/// The error of everything that can cut an instruction short. The reason is in [`Vcpu::cause`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Stop;
 

@@ -135,7 +135,7 @@ pub struct LazyFlags {
 #[derive(Clone)]
 #[repr(C)]
 pub struct CpuState {
-    /// General-purpose registers in encoding order, then the slots of [`slot`].
+    /// General-purpose registers in encoding order, then the slots of `slot`.
     pub regs: [u64; slot::COUNT],
     /// Instruction pointer.
     pub rip: u64,

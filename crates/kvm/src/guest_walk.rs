@@ -179,7 +179,26 @@ impl Core {
         gva: u64,
         bytes: &mut [u8],
     ) -> Result<(), LinearError> {
-        let access = self.data_access(false);
+        self.read_linear_as(vcpu, gva, bytes, self.data_access(false))
+    }
+
+    /// Reads linear memory as the processor reads its own structures, whatever the privilege level.
+    pub(crate) fn read_system(
+        &self,
+        vcpu: &Vcpu,
+        gva: u64,
+        bytes: &mut [u8],
+    ) -> Result<(), LinearError> {
+        self.read_linear_as(vcpu, gva, bytes, Access::IMPLICIT)
+    }
+
+    fn read_linear_as(
+        &self,
+        vcpu: &Vcpu,
+        gva: u64,
+        bytes: &mut [u8],
+        access: Access,
+    ) -> Result<(), LinearError> {
         let mut done = 0;
         while done < bytes.len() {
             let at = gva.wrapping_add(done as u64);
@@ -203,7 +222,26 @@ impl Core {
         gva: u64,
         length: usize,
     ) -> Result<(), LinearError> {
-        let access = self.data_access(true);
+        self.probe_linear(vcpu, gva, length, self.data_access(true))
+    }
+
+    /// Checks that linear memory can be written as the processor writes its own structures.
+    pub(crate) fn probe_write_system(
+        &self,
+        vcpu: &Vcpu,
+        gva: u64,
+        length: usize,
+    ) -> Result<(), LinearError> {
+        self.probe_linear(vcpu, gva, length, Access::IMPLICIT | Access::WRITE)
+    }
+
+    fn probe_linear(
+        &self,
+        vcpu: &Vcpu,
+        gva: u64,
+        length: usize,
+        access: Access,
+    ) -> Result<(), LinearError> {
         let mut done = 0;
         while done < length {
             let at = gva.wrapping_add(done as u64);
@@ -220,7 +258,26 @@ impl Core {
         gva: u64,
         bytes: &[u8],
     ) -> Result<(), LinearError> {
-        let access = self.data_access(true);
+        self.write_linear_as(vcpu, gva, bytes, self.data_access(true))
+    }
+
+    /// Writes linear memory as the processor writes its own structures.
+    pub(crate) fn write_system(
+        &self,
+        vcpu: &Vcpu,
+        gva: u64,
+        bytes: &[u8],
+    ) -> Result<(), LinearError> {
+        self.write_linear_as(vcpu, gva, bytes, Access::IMPLICIT | Access::WRITE)
+    }
+
+    fn write_linear_as(
+        &self,
+        vcpu: &Vcpu,
+        gva: u64,
+        bytes: &[u8],
+        access: Access,
+    ) -> Result<(), LinearError> {
         let mut done = 0;
         while done < bytes.len() {
             let at = gva.wrapping_add(done as u64);

@@ -208,6 +208,9 @@ fn advance(core: &mut Core, vcpu: &Vcpu, mut observer: Option<&mut dyn cpu::Obse
 
 /// An exit in the middle of emulation: `None` if it was a page that is mapped now (or known to be
 /// a device), so that the instruction can go on with the answers it has.
+///
+/// Data accesses to devices are the bus's and do not exit. What meets a device's entry all the same
+/// is the fetch of the instruction itself or a guest paging structure, and neither can be emulated.
 fn nested_exit(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Option<Outcome> {
     use mmu::FaultResult as R;
     let code = match exit.reason {
@@ -217,6 +220,9 @@ fn nested_exit(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Option<Outcome> {
     };
     let gpa = Gpa::new(exit.guest_physical_address);
     match vcpu.vm().mmu.handle_page_fault(&mut core.mmu, gpa, code) {
+        R::Mmio(_) if exit.reason == ExitReason::EptMisconfiguration => {
+            Some(emulation_failure(core, vcpu))
+        }
         R::Fixed | R::Spurious | R::Retry | R::Mmio(_) | R::WriteProtected => None,
         other => Some(exits::fault_outcome(core, vcpu, exit, other)),
     }

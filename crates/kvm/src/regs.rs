@@ -310,7 +310,7 @@ impl Core {
     }
 
     /// The PDPTE registers, from memory, as a load of CR3 would fill them.
-    fn load_pdptes(&mut self, vcpu: &Vcpu) {
+    pub(crate) fn load_pdptes(&mut self, vcpu: &Vcpu) {
         let state = &self.cpu.state;
         let pae = state.cr0.contains(Cr0::PG)
             && state.cr4.contains(Cr4::PAE)
@@ -483,8 +483,12 @@ impl Core {
 
     /// KVM_GET_MP_STATE.
     pub(crate) fn mp_state(&self) -> kvm_mp_state {
+        let state = match self.mp_state {
+            MpState::Halted if self.kicked => MpState::Runnable,
+            state => state,
+        };
         kvm_mp_state {
-            mp_state: self.mp_state as u32,
+            mp_state: state as u32,
         }
     }
 

@@ -142,6 +142,9 @@ pub(crate) struct Core {
     /// IA32_APIC_BASE when no local APIC is in this process.
     pub(crate) apic_base: u64,
     pub(crate) sipi_vector: u8,
+    /// A paravirtual kick came that has ended no halt yet. It may come between the guest's look at
+    /// its lock and its HLT; the HLT must not sleep then.
+    pub(crate) kicked: bool,
     /// The guest has run: CPUID can no longer change.
     pub(crate) has_run: bool,
 }
@@ -279,6 +282,7 @@ impl Vcpu {
             look_for_events: true,
             apic_base,
             sipi_vector: 0,
+            kicked: false,
             has_run: false,
         };
         core.set_tsc(vm.initial_tsc());
@@ -806,8 +810,8 @@ impl Core {
             self.update_msr_bitmap(vcpu.vm());
         }
         mailbox.take(Request::YIELD);
-        if mailbox.take(Request::UNHALT) && self.mp_state == MpState::Halted {
-            self.mp_state = MpState::Runnable;
+        if mailbox.take(Request::UNHALT) {
+            self.kicked = true;
         }
         self.start_up_requests(vcpu);
         if mailbox.take(Request::INTERRUPT_RUN) || self.signal_pending(vcpu) {
@@ -872,7 +876,8 @@ impl Core {
         match self.mp_state {
             MpState::Runnable => true,
             MpState::Halted => {
-                nmi || interrupted()
+                nmi || self.kicked
+                    || interrupted()
                     || self.events.exception.is_some()
                     || self.events.again.is_some()
                     || self.events.triple_fault
@@ -895,6 +900,7 @@ impl Core {
             if self.has_work(vcpu) {
                 if self.mp_state == MpState::Halted {
                     self.mp_state = MpState::Runnable;
+                    self.kicked = false;
                     self.counters.halt_wakeups += 1;
                 }
                 self.look_for_events = true;

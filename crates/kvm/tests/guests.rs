@@ -561,6 +561,50 @@ fn missing_memory() {
 }
 
 #[test]
+fn fetches_from_devices_are_emulation_failures() {
+    const HOLE: u64 = 0x3000_0000;
+    const CROSSING: u64 = MEMORY as u64 - 3;
+    // The reads leave MMIO entries where the fetches go.
+    let code = assemble(|a| {
+        a.mov(eax, dword_ptr(HOLE))?;
+        a.mov(eax, dword_ptr(MEMORY as i64))?;
+        a.mov(rax, HOLE)?;
+        a.jmp(rax)
+    });
+    let mut machine = Machine::new(Irqchip::None, 1, &code);
+    // An instruction of ten bytes of which three are in memory.
+    machine.memory.write(CROSSING, &[0x48, 0xb8, 0x11]);
+    for _ in 0..2 {
+        assert!(matches!(
+            machine.vcpu().run().unwrap(),
+            VcpuExit::MmioRead(..)
+        ));
+    }
+    for (rip, expected) in [(HOLE, &[][..]), (CROSSING, &[0x48, 0xb8, 0x11])] {
+        if rip == CROSSING {
+            let mut regs = machine.vcpu().get_regs().unwrap();
+            regs.rip = rip;
+            machine.vcpu().set_regs(&regs).unwrap();
+        }
+        match machine.vcpu().run().unwrap() {
+            VcpuExit::InternalError => {}
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(machine.vcpu().get_regs().unwrap().rip, rip);
+        let run = machine.vcpu().get_kvm_run();
+        // SAFETY: the exit reason names the member, which is plain data.
+        let (failure, instruction) = unsafe {
+            let failure = run.__bindgen_anon_1.emulation_failure;
+            (failure, failure.__bindgen_anon_1.__bindgen_anon_1)
+        };
+        assert_eq!(failure.suberror, KVM_INTERNAL_ERROR_EMULATION);
+        assert_eq!(failure.flags != 0, !expected.is_empty());
+        assert_eq!(instruction.insn_size as usize, expected.len());
+        assert_eq!(&instruction.insn_bytes[..expected.len()], expected);
+    }
+}
+
+#[test]
 fn counters_are_files() {
     use std::os::unix::fs::FileExt;
     let code = assemble(|a| {

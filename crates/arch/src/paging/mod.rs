@@ -6,7 +6,7 @@
 //!            └ memory ─ how an entry is read and compare-exchanged, given by the caller
 //! ```
 //!
-//! Walking and judging are separate. [`walk`] only follows entries and combines rights; the rules
+//! Walking and judging are separate. [`walk()`] only follows entries and combines rights; the rules
 //! of CR0.WP, SMEP, SMAP, NX and protection keys are [`Protection::check`], which a TLB hit can run
 //! again on the rights it cached; accessed and dirty bits are written by [`Walk::mark`] once the
 //! access is known to be allowed. The functions that put the three together, and repeat the walk

@@ -1,6 +1,6 @@
-//! Intercepted exceptions, debug registers, single steps and task switches.
+//! Intercepted exceptions, debug registers and single steps.
 
-use super::{Outcome, internal_error};
+use super::Outcome;
 use crate::vcpu::{Core, Vcpu};
 use arch::control_registers::{Cr4, Dr6, Dr7};
 use arch::exception::Exception;
@@ -102,15 +102,4 @@ pub(super) fn dr_access(core: &mut Core, _vcpu: &Vcpu, exit: &VmExit) -> Outcome
     }
     core.skip(exit);
     Outcome::Resume
-}
-
-/// Hardware task switches are not emulated: no current system uses them.
-pub(super) fn task_switch(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
-    tracing::error!(
-        vcpu = vcpu.id(),
-        rip = core.cpu.state.rip,
-        selector = exit.qualification & 0xffff,
-        "hardware task switch"
-    );
-    internal_error(core, vcpu, KVM_INTERNAL_ERROR_EMULATION, &[])
 }

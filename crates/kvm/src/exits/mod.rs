@@ -9,6 +9,7 @@ mod hypercall;
 mod instructions;
 mod memory;
 mod msr;
+mod task_switch;
 
 use crate::vcpu::{Completion, Core, Vcpu};
 use arch::exception::Exception;
@@ -54,7 +55,7 @@ const fn row(reason: ExitReason) -> Row {
         R::IoSmi | R::OtherSmi => Never("there is no host SMM"),
         R::InterruptWindow => Handle(instructions::interrupt_window),
         R::NmiWindow => Handle(instructions::nmi_window),
-        R::TaskSwitch => Handle(exceptions::task_switch),
+        R::TaskSwitch => Handle(task_switch::task_switch),
         R::Cpuid => Handle(instructions::cpuid),
         R::Getsec => Handle(instructions::undefined),
         R::Hlt => Handle(instructions::hlt),
