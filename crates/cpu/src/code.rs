@@ -12,7 +12,7 @@
 //! [`crate::machine::Machine`].
 
 use crate::decode::Decoded;
-use crate::host;
+use crate::host::HostInt;
 use crate::machine::Unsettled;
 use crate::op::Op;
 use std::collections::HashMap;
@@ -279,13 +279,20 @@ impl CodeCache {
 impl Block {
     /// Whether memory still holds the bytes the block was made from.
     fn is_current(&self) -> bool {
-        let mut now = [0; 0x1000];
-        let Some(now) = now.get_mut(..self.bytes.len()) else {
-            return false;
-        };
+        let chunks = self.bytes.chunks_exact(8);
+        let tail = chunks.remainder();
+        let tail_at = self.hva + (self.bytes.len() - tail.len()) as u64;
         // SAFETY: a block's address came from a TLB entry; if the memory has gone since, the
-        // copy fails.
-        unsafe { host::copy_from(self.hva, now) }.is_ok() && *now == *self.bytes
+        // loads fail.
+        unsafe {
+            chunks
+                .zip((self.hva..).step_by(8))
+                .all(|(chunk, at)| u64::load(at).is_ok_and(|now| now.to_le_bytes() == *chunk))
+                && tail
+                    .iter()
+                    .zip(tail_at..)
+                    .all(|(byte, at)| u8::load(at).is_ok_and(|now| now == *byte))
+        }
     }
 
     /// Makes each instruction end the block instead of executing: what follows may be stale.

@@ -22,6 +22,12 @@ macro_rules! rules {
         pub(crate) const RULES: &[Rule] = &[
             $(Rule { name: $name, holds: |$cpu: &Vcpu| $holds },)*
         ];
+
+        /// Whether every rule holds: the table as one expression, because each entry asks.
+        #[inline]
+        fn all_hold(cpu: &Vcpu) -> bool {
+            true $(&& { let $cpu = cpu; $holds })*
+        }
     };
 }
 
@@ -126,6 +132,9 @@ rules! {
 
 /// Checks guest state; the first rule that is broken.
 pub(crate) fn check(cpu: &Vcpu) -> Result<(), &'static Rule> {
+    if all_hold(cpu) {
+        return Ok(());
+    }
     match RULES.iter().find(|rule| !(rule.holds)(cpu)) {
         Some(rule) => Err(rule),
         None => Ok(()),

@@ -48,6 +48,8 @@ const OWN: &[Feature] = &[
     Feature::CLFLUSHOPT,
     Feature::CLWB,
     Feature::UMIP,
+    Feature::PKU,
+    Feature::OSPKE,
     Feature::LA57,
     Feature::RDPID,
     Feature::FSRM,
@@ -115,7 +117,7 @@ impl Vcpu {
     /// XCR0 bits that a guest of this host can be offered.
     pub fn host_xsave_components() -> u64 {
         let features = Vcpu::host_features();
-        let mut components = Xcr0::X87 | Xcr0::SSE;
+        let mut components = Xcr0::X87 | Xcr0::SSE | Xcr0::PKRU;
         components.set(Xcr0::AVX, features.has(Feature::AVX));
         components.bits()
     }

@@ -6,6 +6,7 @@
 use arch::control_registers::{Cr0, Cr3, Cr4, Dr6, Dr7, Efer, Rflags, Xcr0};
 use arch::controls::{Activity, Interruptibility};
 use arch::segment::{AccessRights, DescriptorTable, Segment, SegmentName};
+use std::mem::MaybeUninit;
 
 /// Slots of [`CpuState::regs`] that are not architectural registers.
 pub(crate) mod slot {
@@ -195,7 +196,33 @@ pub struct CpuState {
     pub extended: ExtendedState,
 }
 
+/// Everything of a [`CpuState`] but its extended state, which is most of its bytes.
+pub(crate) struct CoreState([MaybeUninit<u8>; CORE]);
+
+/// Bytes before the extended state.
+const CORE: usize = core::mem::offset_of!(CpuState, extended);
+
 impl CpuState {
+    /// A copy of everything but the extended state.
+    pub(crate) fn core(&self) -> CoreState {
+        // SAFETY: the bytes before `extended` belong to `self`; padding stays uninitialised.
+        CoreState(unsafe {
+            std::ptr::from_ref(self)
+                .cast::<[MaybeUninit<u8>; CORE]>()
+                .read()
+        })
+    }
+
+    /// Puts back what [`CpuState::core`] copied.
+    pub(crate) fn restore_core(&mut self, saved: &CoreState) {
+        // SAFETY: the bytes come from a `CpuState`, none of whose fields owns anything.
+        unsafe {
+            std::ptr::from_mut(self)
+                .cast::<[MaybeUninit<u8>; CORE]>()
+                .write(saved.0);
+        }
+    }
+
     /// The state after power-up reset (SDM volume 3, "Processor State After Reset").
     pub fn reset() -> CpuState {
         let mut state = CpuState {

@@ -152,6 +152,8 @@ pub struct Vcpu {
 
     // What follows from `state`.
     pub(crate) paging: GuestPaging,
+    /// What `paging` was made from.
+    paging_selected: GuestControls,
     pub(crate) code_mode: CodeMode,
     /// EFER.LMA.
     pub(crate) long_mode: bool,
@@ -202,14 +204,14 @@ impl Vcpu {
     pub fn new(machine: &Arc<Machine>) -> Box<Vcpu> {
         crate::host::install_fault_handler();
         let state = CpuState::reset();
-        let paging = GuestPaging::new(&GuestControls {
+        let paging_selected = GuestControls {
             cr0: state.cr0,
             cr4: state.cr4,
             efer: state.efer,
             physical_bits: 46,
             has_1g_pages: true,
             has_pse36: true,
-        });
+        };
         Box::new(Vcpu {
             state,
             context: 0,
@@ -223,7 +225,8 @@ impl Vcpu {
             machine: machine.clone(),
             attention: machine.add_processor(),
             controls: core::ptr::null(),
-            paging,
+            paging: GuestPaging::new(&paging_selected),
+            paging_selected,
             code_mode: CodeMode::Bits16,
             long_mode: false,
             long64: false,
@@ -522,14 +525,19 @@ impl Vcpu {
             cr4.set(Cr4::LA57, self.controls().shadow_root.levels == 5);
             efer.set(Efer::LMA, self.controls().shadow_root.levels >= 4);
         }
-        self.paging = GuestPaging::new(&GuestControls {
+        let selected = GuestControls {
             cr0,
             cr4,
             efer,
             physical_bits,
             has_1g_pages: shadow || self.has(Feature::PDPE1GB),
             has_pse36: self.has(Feature::PSE36),
-        });
+        };
+        // Most entries change none of it.
+        if selected != self.paging_selected {
+            self.paging = GuestPaging::new(&selected);
+            self.paging_selected = selected;
+        }
         self.update_context();
     }
 

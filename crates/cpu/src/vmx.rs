@@ -6,10 +6,11 @@ use crate::event::Event;
 use crate::machine::request;
 use crate::op::Stop;
 use crate::second_stage::StageAccess;
+use crate::state::CoreState;
 use crate::vcpu::{Bus, Cause, Emulated, MmioHint, Observer, Vcpu};
 use arch::addr::Gva;
 use arch::control_registers::Rflags;
-use arch::controls::{Interruptibility, SecondaryControls};
+use arch::controls::{Activity, Interruptibility, PinControls, PrimaryControls, SecondaryControls};
 use arch::exit::{ExitReason, VmExit};
 use arch::interruption::InterruptionType;
 use arch::paging::{Access, GuestError, GuestPaging, Privilege};
@@ -71,7 +72,21 @@ impl Vcpu {
         self.unblocking_nmi = false;
         self.host_fault_gpa = None;
         self.update_mode();
-        self.request_own();
+        if self.has_own_business() {
+            self.request_own();
+        }
+    }
+
+    /// Whether something that hangs on instruction boundaries must be looked at before the first
+    /// one.
+    fn has_own_business(&self) -> bool {
+        self.state.pending_debug != 0
+            || self.state.activity != Activity::Active
+            || self.controls().pin.contains(PinControls::PREEMPTION_TIMER)
+            || self.controls().primary.intersects(
+                PrimaryControls::INTERRUPT_WINDOW_EXITING | PrimaryControls::NMI_WINDOW_EXITING,
+            )
+            || self.must_step()
     }
 
     /// Delivers the event to inject; the exit that this may end in.
@@ -95,7 +110,7 @@ impl Vcpu {
                 0
             },
         };
-        self.state.activity = arch::controls::Activity::Active;
+        self.state.activity = Activity::Active;
         self.take_event(event).err()
     }
 
@@ -149,7 +164,7 @@ impl Vcpu {
             });
             cpu.update_context();
             cpu.serve_queue();
-            let saved = cpu.state.clone();
+            let saved = cpu.state.core();
             let result = cpu.emulate_one(&saved);
             cpu.mmio_hint = None;
             cpu.bus = None;
@@ -164,7 +179,7 @@ impl Vcpu {
         })
     }
 
-    fn emulate_one(&mut self, saved: &crate::state::CpuState) -> Emulated {
+    fn emulate_one(&mut self, saved: &CoreState) -> Emulated {
         let block = match self.single_block() {
             Ok(block) => block,
             Err(Stop) => return self.emulation_stopped(saved),
@@ -183,6 +198,7 @@ impl Vcpu {
             unsafe { &mut *observer.as_ptr() }.instruction(&self.state, bytes);
         }
         let (next, from) = (self.next_rip(op), self.state.rip);
+        let trap_flag = self.state.rflags_rest & Rflags::TF.bits() != 0;
         let shadow =
             self.state.interruptibility & (Interruptibility::STI | Interruptibility::MOV_SS);
         let resume = self.state.rflags_rest & Rflags::RF.bits();
@@ -194,7 +210,7 @@ impl Vcpu {
             self.state.rflags_rest |= resume;
             return self.emulation_stopped(saved);
         }
-        if saved.rflags_rest & Rflags::TF.bits() != 0 {
+        if trap_flag {
             self.state.pending_debug |= arch::control_registers::Dr6::BS.bits();
         }
         if self.state.rip != next
@@ -206,7 +222,7 @@ impl Vcpu {
         Emulated::Done
     }
 
-    fn emulation_stopped(&mut self, saved: &crate::state::CpuState) -> Emulated {
+    fn emulation_stopped(&mut self, saved: &CoreState) -> Emulated {
         match self.cause {
             Cause::Later => {
                 self.restore(saved);
@@ -227,10 +243,11 @@ impl Vcpu {
         }
     }
 
-    /// Puts registers back as they were before an abandoned instruction.
-    fn restore(&mut self, saved: &crate::state::CpuState) {
+    /// Puts registers back as they were before an abandoned instruction. Extended state is
+    /// written only after the last access that can be abandoned.
+    fn restore(&mut self, saved: &CoreState) {
         self.cause = Cause::None;
-        self.state.clone_from(saved);
+        self.state.restore_core(saved);
         self.update_mode();
     }
 

@@ -10,5 +10,7 @@ mod exits;
 mod guest;
 #[path = "system/modes.rs"]
 mod modes;
+#[path = "system/paging.rs"]
+mod paging;
 #[path = "system/translation.rs"]
 mod translation;

@@ -991,11 +991,14 @@ impl Vcpu {
     /// Starts the preemption timer, if the controls ask for it.
     pub(crate) fn start_preemption_timer(&mut self) {
         let controls = self.controls();
-        let on = controls.pin.contains(PinControls::PREEMPTION_TIMER);
+        if !controls.pin.contains(PinControls::PREEMPTION_TIMER) {
+            self.preemption_deadline = None;
+            return;
+        }
         let ticks = u64::from(controls.preemption_timer) << PREEMPTION_SHIFT;
         // SAFETY: as in `guest_tsc`.
         let now = unsafe { core::arch::x86_64::_rdtsc() };
-        self.preemption_deadline = on.then(|| now.wrapping_add(ticks));
+        self.preemption_deadline = Some(now.wrapping_add(ticks));
     }
 }
 

@@ -8,7 +8,7 @@ use crate::decode::{Context, register_offset};
 use crate::execute::attempt;
 use crate::op::{Flow, Handler, Op, Stop, flag};
 use crate::state::ExtendedState;
-use crate::vcpu::Vcpu;
+use crate::vcpu::{Cause, Vcpu};
 use iced_x86::{Mnemonic, Register};
 
 /// Element size and vector length of VMASKMOV and gathers, packed into `aux2`.
@@ -245,8 +245,11 @@ fn gather(cpu: &mut Vcpu, op: &Op) -> Flow {
             .element_address(op, offset, element as u64, false)
             .and_then(|address| cpu.read_bytes(address, op.segment, &mut value[..element]));
         if let Err(Stop) = read {
-            cpu.set_vector(op.dst, &result);
-            cpu.set_vector(op.src, &mask);
+            // A fault or an exit shows what was gathered; an abandoned emulation starts again.
+            if matches!(cpu.cause, Cause::Exception(_) | Cause::Exit(_)) {
+                cpu.set_vector(op.dst, &result);
+                cpu.set_vector(op.src, &mask);
+            }
             return Flow::Stop;
         }
         result[at..at + element].copy_from_slice(&value[..element]);
