@@ -611,9 +611,16 @@ pub(crate) fn int(cpu: &mut Vcpu, op: &Op) -> Flow {
     Flow::Stop
 }
 
-/// SYSCALL.
+/// SYSCALL. From compatibility mode it goes where CSTAR says, as AMD's processors have it; with
+/// CSTAR clear it is #UD there, as on Intel's.
 pub(crate) fn syscall(cpu: &mut Vcpu, op: &Op) -> Flow {
-    if !cpu.state.efer.contains(Efer::SCE) || !cpu.long64 {
+    let target = if cpu.long64 {
+        cpu.state.msrs.lstar
+    } else {
+        cpu.state.msrs.cstar
+    };
+    let available = cpu.long64 || cpu.long_mode && target != 0;
+    if !cpu.state.efer.contains(Efer::SCE) || !available {
         cpu.undefined();
         return Flow::Stop;
     }
@@ -625,7 +632,7 @@ pub(crate) fn syscall(cpu: &mut Vcpu, op: &Op) -> Flow {
     cpu.state.set_rflags(flags & !msrs.fmask);
     let selector = (msrs.star >> 32) as u16 & !3;
     cpu.state.segments[SS] = flat(selector.wrapping_add(8), false, 0, false);
-    cpu.enter_code(flat(selector, true, 0, true), msrs.lstar);
+    cpu.enter_code(flat(selector, true, 0, true), target);
     cpu.request_own_for_flags(flags);
     Flow::Branch
 }

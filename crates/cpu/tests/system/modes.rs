@@ -372,3 +372,25 @@ fn fast_system_calls_go_there_and_back() {
     assert_eq!(state.regs[1], CODE + 2);
     assert_eq!(guest.stack(1), 0x23, "SYSRET went to ring 3");
 }
+
+#[test]
+fn compatibility_mode_enters_the_kernel_through_cstar() {
+    for cstar in [0, CODE + 0x200] {
+        let mut guest = long_guest();
+        super::exceptions::to_user(&mut guest);
+        let code = &mut guest.vcpu.state.segments[1];
+        code.access.0 = code.access.0 & !AccessRights::L | AccessRights::DB;
+        guest.vcpu.state.msrs.star = u64::from(KERNEL_CODE) << 32;
+        guest.vcpu.state.msrs.cstar = cstar;
+        guest.load(&[0x0f, 0x05]);
+        guest.memory.write(CODE + 0x200, &[0xf4]);
+        if cstar == 0 {
+            assert_eq!(guest.run_to_handler(), 6);
+            continue;
+        }
+        guest.run_to_halt();
+        let state = &guest.vcpu.state;
+        assert_eq!((state.rip, state.regs[1]), (CODE + 0x200, CODE + 2));
+        assert!(state.segments[1].access.has(AccessRights::L) && state.cpl() == 0);
+    }
+}
