@@ -531,9 +531,8 @@ impl Vcpu {
         } else {
             gva & 0xffff_ffff
         };
-        if let Some(hint) = self
-            .mmio_hint
-            .filter(|hint| hint.gva & PAGE_MASK == gva & PAGE_MASK)
+        let mut hints = self.mmio_hint.iter().chain(&self.more_hints);
+        if let Some(hint) = hints.find(|hint| hint.gva & PAGE_MASK == gva & PAGE_MASK)
             && !access.contains(Access::FETCH)
         {
             return Ok(Place::Bus {

@@ -169,6 +169,7 @@ pub struct Vcpu {
     pub(crate) bus: Option<NonNull<dyn Bus>>,
     pub(crate) observer: Option<NonNull<dyn Observer>>,
     pub(crate) mmio_hint: Option<MmioHint>,
+    pub(crate) more_hints: Vec<MmioHint>,
     pub(crate) cause: Cause,
     /// The event whose delivery is under way.
     pub(crate) vectoring: Option<Event>,
@@ -237,6 +238,7 @@ impl Vcpu {
             bus: None,
             observer: None,
             mmio_hint: None,
+            more_hints: Vec::new(),
             cause: Cause::None,
             vectoring: None,
             unblocking_nmi: false,
@@ -521,7 +523,8 @@ impl Vcpu {
             cr0 |= Cr0::PG;
             cr4 |= Cr4::PAE;
             efer |= Efer::NXE;
-            physical_bits = 52;
+            // Bit 51 is reserved: with it the owner of the tables marks pages without memory.
+            physical_bits = 51;
             cr4.set(Cr4::LA57, self.controls().shadow_root.levels == 5);
             efer.set(Efer::LMA, self.controls().shadow_root.levels >= 4);
         }

@@ -139,6 +139,12 @@ impl Vcpu {
         self.emulate_watched(controls, None, bus, Some(observer))
     }
 
+    /// Further translations for the next call of [`Vcpu::emulate`], which forgets them: an
+    /// instruction can access several pages that its owner's tables do not map.
+    pub fn add_hint(&mut self, hint: MmioHint) {
+        self.more_hints.push(hint);
+    }
+
     fn emulate_watched(
         &mut self,
         controls: &Controls,
@@ -167,6 +173,7 @@ impl Vcpu {
             let saved = cpu.state.core();
             let result = cpu.emulate_one(&saved);
             cpu.mmio_hint = None;
+            cpu.more_hints.clear();
             cpu.bus = None;
             if cpu.observer.take().is_some() {
                 // What was learnt of code on pages that may not be executed must not be found

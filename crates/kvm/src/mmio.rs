@@ -45,6 +45,8 @@ impl Transfer {
 #[derive(Debug, Default)]
 pub(crate) struct Emulation {
     hint: Option<(u64, u64)>,
+    /// Further pages that go to the bus, found on the way.
+    more_hints: Vec<MmioHint>,
     /// Reads answered so far.
     answered: Vec<Transfer>,
     /// The read that user space is answering, and how many of its bytes it has.
@@ -57,6 +59,11 @@ pub(crate) struct Emulation {
 impl Emulation {
     fn hint(&self) -> Option<MmioHint> {
         self.hint.map(|(gva, gpa)| MmioHint { gva, gpa })
+    }
+
+    /// Sends accesses to one more page to the bus.
+    pub(crate) fn add_hint(&mut self, hint: MmioHint) {
+        self.more_hints.push(hint);
     }
 }
 
@@ -171,12 +178,17 @@ fn advance(core: &mut Core, vcpu: &Vcpu, mut observer: Option<&mut dyn cpu::Obse
             asking: None,
             writes: Vec::new(),
         };
+        let guest = core.put_processor_registers();
+        for &hint in &core.emulation.more_hints {
+            core.cpu.add_hint(hint);
+        }
         let result = match &mut observer {
             Some(observer) => core.cpu.step(&core.controls, &mut bus, &mut **observer),
             None => core
                 .cpu
                 .emulate(&core.controls, core.emulation.hint(), &mut bus),
         };
+        core.take_guest_registers(guest);
         let (asking, writes) = (bus.asking, bus.writes);
         core.mmu.gate().exit();
         core.emulation.answered = answered;
@@ -213,6 +225,9 @@ fn advance(core: &mut Core, vcpu: &Vcpu, mut observer: Option<&mut dyn cpu::Obse
 /// is the fetch of the instruction itself or a guest paging structure, and neither can be emulated.
 fn nested_exit(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Option<Outcome> {
     use mmu::FaultResult as R;
+    if core.has_shadow_paging {
+        return exits::shadow::nested_exit(core, vcpu, exit);
+    }
     let code = match exit.reason {
         ExitReason::EptViolation => exits::violation_code(exit),
         ExitReason::EptMisconfiguration => ErrorCode::RSVD,

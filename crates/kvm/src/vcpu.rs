@@ -119,6 +119,8 @@ pub(crate) struct Core {
     pub(crate) cpu: Box<cpu::Vcpu>,
     pub(crate) mmu: mmu::Vcpu,
     pub(crate) controls: Controls,
+    /// The VM has no EPT.
+    pub(crate) has_shadow_paging: bool,
     pub(crate) events: Events,
     pub(crate) msrs: MsrState,
     /// The VM's filter as of the last look at it.
@@ -259,6 +261,7 @@ impl Vcpu {
             cpu,
             mmu: vm.mmu.create_vcpu(id),
             controls: initial_controls(),
+            has_shadow_paging: vm.mmu.config().shadow,
             events: Events::default(),
             msrs: MsrState::new(bootstrap),
             msr_filter: None,
@@ -285,6 +288,9 @@ impl Vcpu {
             kicked: false,
             has_run: false,
         };
+        if core.has_shadow_paging {
+            exits::shadow::choose_controls(&mut core.controls);
+        }
         core.set_tsc(vm.initial_tsc());
         core.update_msr_bitmap(vm);
         Ok(Arc::new(Vcpu {
@@ -650,7 +656,9 @@ impl Core {
             self.give_back_injection();
             return Outcome::Resume;
         }
+        let guest = self.put_processor_registers();
         let exit = self.cpu.enter(&self.controls);
+        self.take_guest_registers(guest);
         self.mmu.gate().exit();
         self.counters.exits += 1;
         self.counters.by_reason.count(exit.reason);
@@ -659,8 +667,11 @@ impl Core {
         exits::handle(self, vcpu, &exit)
     }
 
-    /// The EPT pointer.
+    /// The EPT pointer. Without EPT that is nothing, and the shadow root is in the controls.
     pub(crate) fn load(&mut self, vcpu: &Vcpu) -> std::result::Result<Eptp, Outcome> {
+        if self.has_shadow_paging {
+            return self.load_shadow(vcpu).map(|()| Eptp::default());
+        }
         vcpu.vm()
             .mmu
             .load(&mut self.mmu)
@@ -801,6 +812,7 @@ impl Core {
         }
         if mailbox.take(Request::TLB_FLUSH) {
             self.flush_guest_translations();
+            self.sync_shadow(vcpu);
         }
         if mailbox.take(Request::TRIPLE_FAULT) {
             self.events.triple_fault = true;

@@ -151,10 +151,11 @@ impl std::fmt::Debug for Vm {
 
 impl Vm {
     /// KVM_CREATE_VM.
-    pub(crate) fn new() -> Result<Arc<Vm>> {
+    pub(crate) fn new(options: crate::Options) -> Result<Arc<Vm>> {
         let processors = Arc::new(Processors::default());
         let config = mmu::Config {
             physical_bits: crate::cpuid::max_physical_bits() as u32,
+            shadow: !options.ept,
             ..mmu::Config::default()
         };
         let mmu = Mmu::new(config, processors.clone()).map_err(|error| {

@@ -38,6 +38,10 @@ pub struct Config {
     pub prefetch: u8,
     /// The greatest number of table pages; further ones are made from the least recently scanned.
     pub max_table_pages: usize,
+    /// Shadow paging: processors walk tables derived from the guest's ([`crate::Mmu::load_shadow`])
+    /// instead of EPT. Goes with [`DirtyMethod::WriteProtect`] and without
+    /// [`Config::nx_huge_pages`].
+    pub shadow: bool,
     /// The memslot generation to begin with. Other than 0 it serves tests of its wrap.
     pub first_generation: u64,
 }
@@ -54,6 +58,7 @@ impl Default for Config {
             eager_split: false,
             prefetch: 7,
             max_table_pages: usize::MAX,
+            shadow: false,
             first_generation: 0,
         }
     }
@@ -78,6 +83,9 @@ pub enum ConfigError {
     /// Prefetching wants an aligned block of entries.
     #[error("{0} is not 0, 1, 3 or 7 neighbours")]
     Prefetch(u8),
+    /// Shadow paging does not go with these options.
+    #[error("shadow paging knows neither {0:?} nor the splitting of executable huge pages")]
+    Shadow(DirtyMethod),
     /// Fewer table pages than one walk per address space needs.
     #[error("{0} table pages are too few")]
     TooFewTablePages(usize),
@@ -99,6 +107,10 @@ impl Config {
         }
         if self.dirty_method != DirtyMethod::WriteProtect && !self.accessed_dirty {
             return Err(ConfigError::NeedsAccessedDirty(self.dirty_method));
+        }
+        let is_plain = self.dirty_method == DirtyMethod::WriteProtect && !self.nx_huge_pages;
+        if self.shadow && !is_plain {
+            return Err(ConfigError::Shadow(self.dirty_method));
         }
         if !matches!(self.prefetch, 0 | 1 | 3 | 7) {
             return Err(ConfigError::Prefetch(self.prefetch));

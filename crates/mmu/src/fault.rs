@@ -111,11 +111,11 @@ impl Fault {
 }
 
 /// Host memory found present.
-struct Resolved {
-    probed: Probed,
+pub(crate) struct Resolved {
+    pub(crate) probed: Probed,
     /// All that shares the frame's probe record was probed: worth recording.
-    is_chunk: bool,
-    goal: Level,
+    pub(crate) is_chunk: bool,
+    pub(crate) goal: Level,
 }
 
 impl Mmu {
@@ -248,7 +248,7 @@ impl Mmu {
     }
 
     /// Finds out whether the frame's host memory is there, a whole chunk at a time where possible.
-    fn resolve(&self, slot: &Memslot, fault: &Fault) -> Option<Resolved> {
+    pub(crate) fn resolve(&self, slot: &Memslot, fault: &Fault) -> Option<Resolved> {
         let goal = slot.max_level(fault.gfn, self.config.max_level, slot.logs_dirty());
         let needed = if fault.access.is_write {
             Probed::Writable
@@ -301,7 +301,7 @@ impl Mmu {
     }
 
     /// The host memory that mapping the frame may make reachable.
-    fn touched(&self, slot: &Memslot, gfn: Gfn, goal: Level) -> Range<Hva> {
+    pub(crate) fn touched(&self, slot: &Memslot, gfn: Gfn, goal: Level) -> Range<Hva> {
         // Prefetching stays inside the 2 MiB that one table maps.
         let pages = goal.max(Level::PDE).pages();
         let first = gfn.align_down(pages).max(slot.gfns().start);
@@ -315,7 +315,7 @@ impl Mmu {
 
     /// The level to map at, with everything said under the lock: what keeps huge pages away is
     /// changed before the exclusive lock is taken to act on it, so it is seen here or acted on later.
-    fn goal_level(&self, slot: &Memslot, gfn: Gfn, resolved: &Resolved) -> Level {
+    pub(crate) fn goal_level(&self, slot: &Memslot, gfn: Gfn, resolved: &Resolved) -> Level {
         let mut goal = slot.max_level(gfn, resolved.goal, slot.logs_dirty());
         while goal > Level::PTE && slot.probed_block(gfn, goal) == Probed::Unknown {
             goal = goal.below().unwrap_or(Level::PTE);

@@ -91,7 +91,12 @@ impl Mmu {
         self.accessible(slot.ok_or(AccessError::NoMemory(gpa))?, gpa, access)
     }
 
-    fn accessible(&self, slot: &Memslot, gpa: Gpa, access: HostAccess) -> Result<Hva, AccessError> {
+    pub(crate) fn accessible(
+        &self,
+        slot: &Memslot,
+        gpa: Gpa,
+        access: HostAccess,
+    ) -> Result<Hva, AccessError> {
         let page = slot.hva_of(gpa.gfn());
         let hva = page.wrapping_add(gpa.page_offset());
         if access == HostAccess::Write && slot.is_read_only() {

@@ -50,6 +50,7 @@ impl Mmu {
         let mut was_young = false;
         let slots = self.slots();
         for (slot, gfns) in slots.overlapping(range) {
+            was_young |= self.shadow_age(&exclusive, slot.id().space, &gfns);
             self.for_each_leaf(&exclusive, slot.id().space, &gfns, |leaf| {
                 let level = leaf.level;
                 let changed = leaf.cell.update(|entry| {
@@ -83,6 +84,7 @@ impl Mmu {
         let slots = self.slots();
         let mut is_young = false;
         for (slot, gfns) in slots.overlapping(range) {
+            is_young |= self.shadow_is_young(&exclusive, slot.id().space, &gfns);
             self.for_each_leaf(&exclusive, slot.id().space, &gfns, |leaf| {
                 let by_flag = self.policy.accessed_dirty();
                 is_young |= leaf.entry.is_leaf(leaf.level)

@@ -77,7 +77,7 @@ mod mmio;
 mod mmu;
 mod nx;
 mod region;
-pub mod shadow;
+mod shadow;
 mod spte;
 mod srcu;
 mod stats;
@@ -97,6 +97,7 @@ pub use invalidate::Invalidation;
 pub use memslot::{AddressSpace, MemoryRegion, Memslot, Memslots, SlotError, SlotFlags, SlotId};
 pub use mmio::MmioAccess;
 pub use mmu::{Mmu, OutOfTables, SlotsGuard};
+pub use shadow::{GuestMode, ShadowPointer, ShadowResult};
 pub use stats::Stats;
 #[cfg(feature = "model")]
 pub use sync::{Mutant, set_mutant};

@@ -7,6 +7,7 @@ use crate::host::{HostMemory, ProcessMemory};
 use crate::memslot::{AddressSpace, Memslot, Memslots};
 use crate::mmio::MmioCache;
 use crate::nx::NxSplits;
+use crate::shadow::Shadow;
 use crate::spte::{LeafPolicy, MmioFormat, Spte};
 use crate::srcu::{ReadSection, Srcu};
 use crate::stats::{Counters, Stats};
@@ -49,6 +50,9 @@ pub struct Mmu {
     pub(crate) has_retired: AtomicUsize,
     pub(crate) reclaim_hand: AtomicU64,
     pub(crate) nx_splits: NxSplits,
+    pub(crate) shadow: Shadow,
+    /// Some shadow page may be unsync.
+    pub(crate) has_unsync: AtomicUsize,
 
     gates: Gates,
     pub(crate) dirty_options: DirtyOptions,
@@ -94,7 +98,7 @@ impl Invalidations {
     }
 
     /// Whether what was seen of the range since `sequence` was noted may have changed.
-    pub(crate) fn has_hit(&self, _: &Shared<'_>, sequence: u64, range: &Range<Hva>) -> bool {
+    pub(crate) fn has_hit(&self, _: &impl Locked, sequence: u64, range: &Range<Hva>) -> bool {
         let is_over = self.sequence() != sequence;
         is_over
             || self.start.load(SeqCst) < range.end.get()
@@ -112,6 +116,11 @@ pub(crate) struct Shared<'a>(#[allow(dead_code, reason = "held")] RwLockReadGuar
 pub(crate) struct Exclusive<'a>(
     #[allow(dead_code, reason = "held")] [RwLockWriteGuard<'a, ()>; SHARDS],
 );
+
+/// The MMU lock, either way.
+pub(crate) trait Locked {}
+impl Locked for Shared<'_> {}
+impl Locked for Exclusive<'_> {}
 
 /// What a change under the exclusive lock owes before the lock may be dropped.
 #[must_use = "flushes and tables are owed until `Mmu::finish`"]
@@ -200,6 +209,8 @@ impl Mmu {
             has_retired: AtomicUsize::new(0),
             reclaim_hand: AtomicU64::new(0),
             nx_splits: NxSplits::default(),
+            shadow: Shadow::default(),
+            has_unsync: AtomicUsize::new(0),
             gates: Gates::new(processors),
             dirty_options: DirtyOptions::default(),
             dirty_sink: OnceLock::new(),
@@ -224,6 +235,7 @@ impl Mmu {
             space: AddressSpace::Normal,
             cache: TableCache::new(Arc::clone(&self.pool)),
             mmio: MmioCache::default(),
+            shadow: crate::shadow::VcpuShadow::default(),
             counters,
         }
     }

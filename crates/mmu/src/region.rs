@@ -70,6 +70,8 @@ impl Mmu {
         self.publish(between);
         let exclusive = self.exclusive();
         let mut owed = Owed::default();
+        // Shadow pages of tables in the slot are counted in its pages, which go with it.
+        self.shadow_zap_all(&exclusive);
         self.zap_range(&exclusive, old.id().space, &old.gfns(), &mut owed);
         self.finish(exclusive, owed);
         self.publish(last);

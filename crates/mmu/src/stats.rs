@@ -135,4 +135,16 @@ counters! {
     zap_all,
     /// Changes of memslots.
     slot_changes,
+    /// Page faults in shadow mode that were the guest's own.
+    guest_faults,
+    /// Shadow pages made.
+    shadow_made,
+    /// Shadow pages taken away.
+    shadow_zapped,
+    /// Shadow pages that became unsync.
+    unsynced,
+    /// Shadow pages brought up to date and protected again.
+    synced,
+    /// Shadow pages zapped because their guest table was written again and again.
+    write_floods,
 }

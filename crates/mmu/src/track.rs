@@ -2,6 +2,7 @@
 
 use crate::memslot::{AddressSpace, Memslot};
 use crate::mmu::{Mmu, Owed};
+use crate::shadow::Lost;
 use crate::sync::{Mutant, is_mutant};
 use arch::addr::{Gfn, Gpa};
 use arch::paging::Level;
@@ -115,6 +116,11 @@ impl Mmu {
             });
             has_changed |= changed.is_some();
         });
+        let lost = match restriction {
+            Restriction::Write => Lost::Write,
+            Restriction::Execute => Lost::Execute,
+        };
+        self.shadow_restrict(&exclusive, space, &range, lost);
         // Whether or not a leaf changed: a fault that saw the page's new state before the lock was
         // taken may have put a leaf with fewer rights in its place already, and flushed nothing.
         if has_changed || !is_mutant(Mutant::RestrictWithoutFlush) {
@@ -128,6 +134,7 @@ impl Mmu {
 
     pub(crate) fn report_write(&self, space: AddressSpace, slot: &Memslot, gpa: Gpa, bytes: &[u8]) {
         if slot.is_tracked(gpa.gfn()) {
+            self.shadow_written(space, gpa, bytes.len());
             for listener in self.write_listeners.load().iter() {
                 listener.page_written(space, gpa, bytes);
             }

@@ -15,6 +15,7 @@ pub struct Vcpu {
     pub(crate) space: AddressSpace,
     pub(crate) cache: TableCache,
     pub(crate) mmio: MmioCache,
+    pub(crate) shadow: crate::shadow::VcpuShadow,
     pub(crate) counters: Arc<Counters>,
 }
 
@@ -41,6 +42,7 @@ impl Vcpu {
             self.space = space;
             self.root = None;
             self.mmio.clear();
+            self.shadow.clear();
         }
     }
 

@@ -1,6 +1,6 @@
 //! What is asked of the KVM implementation beyond the KVM API: the paging mode and statistics.
 
-use kvm::{Kvm, VcpuFd, VmFd};
+use kvm::{Kvm, Options, VcpuFd, VmFd};
 
 use crate::report::{HitRate, Statistics};
 
@@ -10,16 +10,13 @@ pub(crate) enum Unsupported {
     /// No KVM at all.
     #[error("KVM cannot be opened: {0}")]
     Open(kvm::Error),
-    /// `--ept=off`.
-    #[error("--ept=off: shadow paging is not there yet; guests run with two-dimensional paging")]
-    ShadowPaging,
 }
 
 /// Opens KVM.
 pub(crate) fn open(ept: Option<bool>) -> Result<Kvm, Unsupported> {
     match ept {
-        Some(false) => Err(Unsupported::ShadowPaging),
-        Some(true) | None => Kvm::new().map_err(Unsupported::Open),
+        Some(ept) => Ok(Kvm::with_options(Options::default().with_ept(ept))),
+        None => Kvm::new().map_err(Unsupported::Open),
     }
 }
 

@@ -9,7 +9,7 @@ mod vcpu;
 mod vm;
 
 pub use cap::Cap;
-pub use system::Kvm;
+pub use system::{Kvm, Options};
 pub use vcpu::{
     HypercallExit, Interrupter, MsrExitReason, ReadMsrExit, SyncReg, VcpuExit, VcpuFd, WriteMsrExit,
 };

@@ -7,15 +7,49 @@ use crate::vm::Vm;
 use crate::{capabilities, cpuid, msrs};
 use kvm_bindings::*;
 
+/// What KVM takes as module parameters: choices for the VMs created from now on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Options {
+    /// Two-dimensional paging; without it, guests run on shadow tables.
+    pub ept: bool,
+}
+
+/// The environment variable that stands for `kvm_intel.ept`: `off` or `0` turns EPT off.
+const EPT_VARIABLE: &str = "EPTIDE_EPT";
+
+impl Default for Options {
+    fn default() -> Options {
+        let value = std::env::var_os(EPT_VARIABLE);
+        let is_off = value.is_some_and(|value| value == "off" || value == "0");
+        Options { ept: !is_off }
+    }
+}
+
+impl Options {
+    /// These options with EPT on or off.
+    pub fn with_ept(self, ept: bool) -> Options {
+        Options { ept }
+    }
+}
+
 /// The system object.
 #[derive(Debug, Default)]
-pub struct Kvm(());
+pub struct Kvm {
+    options: Options,
+}
 
 impl Kvm {
     /// Opens the system object. Nothing outside the process is involved, so it cannot fail; the
     /// result is there for callers that move over from a real `/dev/kvm`.
     pub fn new() -> Result<Kvm> {
-        Ok(Kvm(()))
+        Ok(Kvm::default())
+    }
+
+    /// The system object with options of the caller's choice; [`Kvm::new`] takes the defaults,
+    /// which the environment can change.
+    pub fn with_options(options: Options) -> Kvm {
+        Kvm { options }
     }
 
     /// KVM_GET_API_VERSION.
@@ -107,7 +141,7 @@ impl Kvm {
         if vm_type != KVM_X86_DEFAULT_VM as u64 {
             return fail(libc::EINVAL);
         }
-        Ok(VmFd::new(Vm::new()?))
+        Ok(VmFd::new(Vm::new(self.options)?))
     }
 }
 

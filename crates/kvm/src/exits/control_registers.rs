@@ -50,6 +50,9 @@ pub(super) fn cr_access(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome 
             } else {
                 value & 0xffff_ffff
             };
+            if core.has_shadow_paging {
+                return super::shadow::write_cr(core, vcpu, exit, cr, value);
+            }
             write(core, exit, cr, value)
         }
         CrAccess::MovFrom { cr, register } => {
@@ -153,7 +156,7 @@ pub(crate) fn valid_cr4(features: &Features, value: u64) -> bool {
 }
 
 /// MOV to CR0; false is #GP.
-fn load_cr0(core: &mut Core, value: u64) -> bool {
+pub(super) fn load_cr0(core: &mut Core, value: u64) -> bool {
     let value = value | Cr0::ET.bits();
     if !valid_cr0(value) {
         return false;
@@ -183,7 +186,7 @@ fn load_cr0(core: &mut Core, value: u64) -> bool {
 }
 
 /// MOV to CR3; false is #GP.
-fn load_cr3(core: &mut Core, value: u64) -> bool {
+pub(super) fn load_cr3(core: &mut Core, value: u64) -> bool {
     let state = &mut core.cpu.state;
     let pcid = state.cr4.contains(Cr4::PCIDE);
     let address = if pcid {
@@ -202,7 +205,7 @@ fn load_cr3(core: &mut Core, value: u64) -> bool {
 }
 
 /// MOV to CR4; false is #GP.
-fn load_cr4(core: &mut Core, value: u64) -> bool {
+pub(super) fn load_cr4(core: &mut Core, value: u64) -> bool {
     let new = Cr4::from_bits_retain(value);
     let state = &core.cpu.state;
     let old = state.cr4;

@@ -7,10 +7,13 @@ use arch::exception::Exception;
 use arch::exit::{DrAccess, VmExit};
 use kvm_bindings::*;
 
-/// Only #DB and #BP are intercepted, and only while user space debugs the guest.
+/// #DB and #BP are intercepted while user space debugs the guest, #PF without EPT.
 pub(super) fn exception(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
     let vector = exit.interruption_info.vector();
     match Exception::from_vector(vector) {
+        Some(Exception::PageFault) if core.has_shadow_paging => {
+            super::shadow::page_fault(core, vcpu, exit)
+        }
         Some(Exception::Debug) => {
             let dr6 = exit.qualification & Dr6::VOLATILE;
             if core.debug.wants_debug_exception(dr6) {

@@ -11,6 +11,9 @@ use kvm_bindings::*;
 use mmu::{FaultError, FaultResult};
 
 pub(super) fn ept_violation(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
+    if core.has_shadow_paging {
+        return super::shadow::host_fault(core, vcpu, exit);
+    }
     core.counters.page_faults += 1;
     let qualification = EptViolation::from_bits_retain(exit.qualification);
     let delivering = exit.idt_vectoring_info.is_valid();

@@ -9,6 +9,7 @@ mod hypercall;
 mod instructions;
 mod memory;
 mod msr;
+pub(crate) mod shadow;
 mod task_switch;
 
 use crate::vcpu::{Completion, Core, Vcpu};
@@ -60,7 +61,9 @@ const fn row(reason: ExitReason) -> Row {
         R::Getsec => Handle(instructions::undefined),
         R::Hlt => Handle(instructions::hlt),
         R::Invd | R::Wbinvd => Handle(instructions::no_operation),
-        R::Invlpg | R::Invpcid => Never("INVLPG exiting is off with EPT"),
+        // These two exit only without EPT.
+        R::Invlpg => Handle(shadow::invlpg),
+        R::Invpcid => Handle(shadow::invpcid),
         R::Rdpmc => Handle(instructions::rdpmc),
         R::Rdtsc | R::Rdtscp => Never("RDTSC exiting is off"),
         R::Rsm => Handle(instructions::undefined),

@@ -255,6 +255,12 @@ impl Memslot {
             .is_some_and(|users| users.load(SeqCst) != 0)
     }
 
+    /// How many track writes to the frame.
+    pub(crate) fn trackers(&self, gfn: Gfn) -> u16 {
+        let users = self.state.tracked.get(self.index(gfn));
+        users.map_or(0, |users| users.load(SeqCst))
+    }
+
     /// Adds a user; true if it is the first. `None` when there are too many to count.
     pub(crate) fn track(&self, gfn: Gfn) -> Option<bool> {
         let counter = self.state.tracked.get_or_make(self.index(gfn));

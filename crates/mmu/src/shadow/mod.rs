@@ -1,13 +1,46 @@
-//! Shadow paging: KVM without EPT. Not built yet.
+//! Shadow paging: KVM without EPT.
 //!
-//! Its place among the rest: a vCPU in shadow mode enters guest mode with a shadow CR3 instead of an
-//! EPTP. #PF, CR accesses, INVLPG and INVPCID exit. A fault walks the guest's tables with
-//! [`arch::paging::walk`] over one of [`arch::paging::GuestTables`]' formats (or, for a nested
-//! guest, EPT: the guest format is a type parameter), and fills shadow pages that are keyed by role
-//! and guest table frame.
+//! The processor walks tables that the MMU derives from the guest's: *shadow pages*, whose leaves
+//! hold host addresses. #PF, CR accesses, INVLPG and INVPCID exit. A fault walks the guest's tables,
+//! sets their accessed and dirty bits, and fills the shadow tables on the way to the page.
 //!
-//! What it will use of this crate as it stands: memslots and their write tracking (guest tables are
-//! tracked pages; [`crate::WriteListener`] reports emulated writes to them), the table pool, the
-//! gate and its flush protocol, the invalidation sequence, the dirty bitmap, the generation of MMIO
-//! entries, the order of steps in `fault`. What it adds: roles, the hash of shadow pages, reverse
-//! maps, unsync leaves, entries in the guest formats.
+//! ```text
+//!   guest CR3 ─▶ PML4 ───▶ PDPT ───▶ PD ────▶ PT ────▶ page        guest frames
+//!                 ┆         ┆         ┆        ┆
+//!   root ──────▶ page ───▶ page ──▶ page ──▶ page ───▶ host page   keyed by (frame, role)
+//! ```
+//!
+//! * `entry`: entries in the processor's format, MMIO entries among them.
+//! * `role`: what a shadow page's content depends on besides the guest table.
+//! * `page`: shadow pages, their parents, the reverse maps, and how a page dies.
+//! * `guest`: guest tables read through the memslots; the walk, in whatever format.
+//! * `root`: from control registers to a root.
+//! * `fault`: from a #PF to a verdict; filling.
+//! * `sync`: guest writes to shadowed tables, unsync pages, INVLPG.
+//! * `range`: what the rest of the MMU does to frames: zap, protect, age.
+//!
+//! Invariants, all under the exclusive MMU lock (processors walk and set flags without it):
+//!
+//! * A guest table with a shadow page is write-tracked, unless that page is *unsync*. Only
+//!   last-level tables are: their entries may lag behind the guest's as a TLB may, and are brought
+//!   up to date by the same events that flush a TLB.
+//! * Every leaf is in the reverse map of its frame, every link in the parent list of its child.
+//! * What a guest's own table write takes away is not flushed: the guest has to do that itself. That
+//!   something was taken away is remembered ([`page::State::is_stale`]), so that whoever needs a
+//!   frame out of every TLB flushes even if no entry leads to it any more.
+
+mod entry;
+mod fault;
+mod guest;
+mod page;
+mod range;
+mod role;
+mod root;
+mod sync;
+
+pub use fault::ShadowResult;
+pub use root::{GuestMode, ShadowPointer};
+
+pub(crate) use page::Shadow;
+pub(crate) use range::Lost;
+pub(crate) use root::VcpuShadow;

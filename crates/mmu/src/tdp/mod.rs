@@ -29,4 +29,4 @@ mod table;
 pub(crate) use map::MapRequest;
 pub(crate) use reclaim::Retired;
 pub(crate) use root::Root;
-pub(crate) use table::{TableCache, TablePool};
+pub(crate) use table::{Cell, OwnedTable, TableCache, TablePage, TablePool, mark_word};

@@ -108,6 +108,7 @@ impl Mmu {
         range: &Range<Gfn>,
         owed: &mut Owed,
     ) {
+        self.shadow_zap_range(exclusive, space, range);
         let Some(root) = self.current_root(space) else {
             return;
         };
@@ -162,6 +163,18 @@ impl Mmu {
         huge_only: bool,
         owed: &mut Owed,
     ) {
+        if huge_only {
+            // Only huge leaves would go; the others are protected page by page.
+            self.shadow_zap_range(exclusive, slot.id().space, &slot.gfns());
+        } else {
+            let range = slot.gfns();
+            self.shadow_restrict(
+                exclusive,
+                slot.id().space,
+                &range,
+                crate::shadow::Lost::Write,
+            );
+        }
         self.for_each_leaf(exclusive, slot.id().space, &slot.gfns(), |leaf| {
             if leaf.level > Level::PTE || !huge_only {
                 self.protect_leaf(&leaf, slot, owed);
@@ -178,6 +191,7 @@ impl Mmu {
         owed: &mut Owed,
     ) {
         let range = gfn..gfn.wrapping_add(1);
+        self.shadow_protect_page(exclusive, slot, gfn);
         self.for_each_leaf(exclusive, slot.id().space, &range, |leaf| {
             self.protect_leaf(&leaf, slot, owed);
         });
@@ -270,6 +284,7 @@ impl Mmu {
         slot: &Memslot,
         owed: &mut Owed,
     ) {
+        self.shadow_zap_range(exclusive, slot.id().space, &slot.gfns());
         let span = Level::PDE.pages();
         let mut gfn = slot.gfns().start.align_down(span);
         while gfn < slot.gfns().end {

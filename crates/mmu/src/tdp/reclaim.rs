@@ -97,6 +97,7 @@ impl Mmu {
     /// dropped, so that nobody who finds an entry already changed takes that for done, and then the
     /// unlinked tables are freed. That includes tables retired under the shared lock.
     pub(crate) fn finish(&self, exclusive: Exclusive<'_>, owed: Owed) {
+        self.shadow_flush(&exclusive);
         let Owed {
             mut flush,
             mut tables,
@@ -157,6 +158,7 @@ impl Mmu {
         tracing::debug!("all roots made invalid");
         self.counters.zap_all.add(1);
         let exclusive = self.exclusive();
+        self.shadow_zap_all(&exclusive);
         let roots: Vec<Arc<Root>> = sync::lock(&self.roots)
             .iter_mut()
             .filter_map(Option::take)

@@ -1,0 +1,337 @@
+//! Guest tables, read through the memslots, and what a walk of them says to the filling of shadow
+//! tables.
+//!
+//! [`Shadowed`] is what a guest format must have; everything after the walk is the same for all.
+
+use super::root::GuestMode;
+use crate::host::HostAccess;
+use crate::memslot::{AddressSpace, Memslots};
+use crate::mmu::Mmu;
+use arch::addr::{Gfn, Gpa};
+use arch::page_fault::ErrorCode;
+use arch::paging::{
+    Access, Entry, Exchange, FaultKind, GuestPaging, GuestTables, Level, Marked, Mode,
+    PagingFormat, Privilege, Protection, Rights, TableMemory, WalkError, entry as x86, walk,
+};
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+
+/// A guest format that can be shadowed.
+pub(super) trait Shadowed: PagingFormat {
+    /// What rights mean to a shadow entry.
+    fn shadow_rights(rights: Self::Rights) -> Rights;
+}
+
+impl<F: PagingFormat<Rights = Rights>> Shadowed for F {
+    fn shadow_rights(rights: Rights) -> Rights {
+        rights
+    }
+}
+
+/// The guest's tables.
+pub(super) struct GuestMemory<'a> {
+    pub(super) mmu: &'a Mmu,
+    pub(super) slots: &'a Memslots,
+    pub(super) space: AddressSpace,
+}
+
+/// A table is not in memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct NoTable;
+
+impl GuestMemory<'_> {
+    fn host(&self, gpa: u64, access: HostAccess) -> Option<u64> {
+        let gpa = Gpa::new(gpa);
+        let slot = self.slots.find(self.space, gpa.gfn())?;
+        let hva = self.mmu.accessible(slot, gpa, access);
+        hva.ok().map(|hva| hva.get())
+    }
+
+    /// Reads the entry of `bytes` bytes at a guest address.
+    pub(super) fn entry(&self, gpa: u64, bytes: u64) -> Option<u64> {
+        let hva = self.host(gpa, HostAccess::Read)?;
+        Some(load(hva, bytes))
+    }
+}
+
+/// Reads an entry at a host address that [`GuestMemory`] gave.
+fn load(hva: u64, bytes: u64) -> u64 {
+    // SAFETY: the page was shown to be there, its slot is kept by the caller's read section, and
+    // entries are aligned. Guest memory is only reached through raw pointers and atomics.
+    unsafe {
+        if bytes == 4 {
+            AtomicU32::from_ptr(hva as *mut u32).load(SeqCst).into()
+        } else {
+            AtomicU64::from_ptr(hva as *mut u64).load(SeqCst)
+        }
+    }
+}
+
+impl TableMemory for GuestMemory<'_> {
+    type Error = NoTable;
+    type Handle = u64;
+
+    fn read<E: Entry>(&mut self, address: u64, _: Level) -> Result<(E, u64), NoTable> {
+        let hva = self.host(address, HostAccess::Read).ok_or(NoTable)?;
+        Ok((E::from_u64(load(hva, E::SIZE)), hva))
+    }
+
+    fn compare_exchange<E: Entry>(
+        &mut self,
+        _: u64,
+        address: u64,
+        old: E,
+        new: E,
+    ) -> Result<Exchange, NoTable> {
+        // A read-only slot: the bits stay as they are.
+        let Some(hva) = self.host(address, HostAccess::Write) else {
+            return Ok(Exchange::Ignored);
+        };
+        let (old, new) = (old.to_u64(), new.to_u64());
+        // SAFETY: as in `load`, and the page takes writes.
+        let is_written = unsafe {
+            if E::SIZE == 4 {
+                AtomicU32::from_ptr(hva as *mut u32)
+                    .compare_exchange(old as u32, new as u32, SeqCst, SeqCst)
+                    .is_ok()
+            } else {
+                AtomicU64::from_ptr(hva as *mut u64)
+                    .compare_exchange(old, new, SeqCst, SeqCst)
+                    .is_ok()
+            }
+        };
+        if !is_written {
+            return Ok(Exchange::Changed);
+        }
+        let gfn = Gpa::new(address).gfn();
+        if let Some(slot) = self.slots.find(self.space, gfn).filter(|s| s.logs_dirty()) {
+            // The log is taken under the exclusive lock.
+            let _shared = self.mmu.shared();
+            self.mmu.mark_slot_dirty(slot, gfn);
+        }
+        Ok(Exchange::Written)
+    }
+}
+
+/// A link that a walk followed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Link {
+    /// Where the entry is, what was read there, and its size: to be read again.
+    gpa: u64,
+    raw: u64,
+    bytes: u64,
+    /// The table it points to.
+    pub(super) table: Gfn,
+    /// Rights that it and those above it leave.
+    pub(super) rights: Rights,
+}
+
+impl Link {
+    pub(super) fn has_changed(&self, memory: &GuestMemory<'_>) -> bool {
+        memory.entry(self.gpa, self.bytes) != Some(self.raw)
+    }
+}
+
+/// A guest translation.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub(super) gpa: Gpa,
+    /// The leaf's level; above every shadow level where the guest has no tables.
+    pub(super) leaf: u8,
+    /// Rights of the page, with [`Rights::DIRTY`].
+    pub(super) rights: Rights,
+    pub(super) key: u8,
+    /// The table at the format's top level.
+    pub(super) top: Gfn,
+    pub(super) top_level: u8,
+    /// By level of the entry: the links above the leaf.
+    pub(super) links: [Option<Link>; Level::COUNT],
+    leaf_entry: Option<Link>,
+}
+
+impl Found {
+    pub(super) fn has_leaf_changed(&self, memory: &GuestMemory<'_>) -> bool {
+        self.leaf_entry.is_some_and(|leaf| leaf.has_changed(memory))
+    }
+}
+
+/// What a walk of the guest's tables says.
+pub(super) fn translate(
+    memory: &mut GuestMemory<'_>,
+    guest: &GuestMode,
+    paging: &GuestPaging,
+    gva: u64,
+    access: Access,
+) -> Result<Found, ErrorCode> {
+    let request = Request {
+        gva,
+        access,
+        protection: paging.protection(),
+        privilege: &guest.privilege,
+    };
+    let root = &guest.root;
+    match paging.tables() {
+        GuestTables::Off => Ok(Found {
+            gpa: Gpa::new(gva),
+            leaf: Level::COUNT as u8 + 1,
+            rights: Rights::all() - Rights::GLOBAL,
+            key: 0,
+            top: Gfn::new(0),
+            top_level: Level::COUNT as u8 + 1,
+            links: [None; Level::COUNT],
+            leaf_entry: None,
+        }),
+        GuestTables::Legacy(mode) => request.run(mode, memory, root.cr3 & 0xffff_f000),
+        GuestTables::Pae(mode) => {
+            let pdpte = root.pdptes[(gva >> 30 & 3) as usize];
+            if pdpte & x86::PRESENT == 0 {
+                return Err(paging.protection().describe(access));
+            }
+            request.run(mode, memory, pdpte & x86::ADDRESS)
+        }
+        GuestTables::FourLevel(mode) => request.run(mode, memory, root.cr3 & x86::ADDRESS),
+        GuestTables::FiveLevel(mode) => request.run(mode, memory, root.cr3 & x86::ADDRESS),
+    }
+}
+
+struct Request<'a> {
+    gva: u64,
+    access: Access,
+    protection: Protection,
+    privilege: &'a Privilege,
+}
+
+impl Request<'_> {
+    fn run<F: Shadowed>(
+        &self,
+        mode: &Mode<F>,
+        memory: &mut GuestMemory<'_>,
+        root: u64,
+    ) -> Result<Found, ErrorCode> {
+        loop {
+            let mut found = match walk(mode, memory, root, self.gva) {
+                Ok(found) => found,
+                Err(error) => return Err(self.walk_error(error)),
+            };
+            let key = (found.leaf().to_u64() >> x86::KEY_SHIFT & 0xf) as u8;
+            let rights = F::shadow_rights(found.rights);
+            self.protection
+                .check(rights, key, self.access, self.privilege)?;
+            let is_write = self.access.contains(Access::WRITE);
+            match found.mark(memory, is_write) {
+                Ok(Marked::Done { is_dirty }) => {
+                    let mut rights = rights;
+                    rights.set(Rights::DIRTY, is_dirty);
+                    return Ok(self.found::<F>(mode, &found, rights, key, root));
+                }
+                Ok(Marked::Changed) => {}
+                Err(NoTable) => return Err(self.protection.describe(self.access)),
+            }
+        }
+    }
+
+    fn found<F: Shadowed>(
+        &self,
+        mode: &Mode<F>,
+        found: &arch::paging::Walk<F, u64>,
+        rights: Rights,
+        key: u8,
+        root: u64,
+    ) -> Found {
+        let mut links = [None; Level::COUNT];
+        let mut leaf_entry = None;
+        let mut combined = u64::MAX;
+        let mut level = F::TOP;
+        while let Some(step) = found.step(level) {
+            let raw = step.entry.to_u64();
+            combined &= raw ^ F::INVERTED;
+            let link = Link {
+                gpa: step.address,
+                raw,
+                bytes: F::Entry::SIZE,
+                table: Gpa::new(F::table_address(raw)).gfn(),
+                rights: F::shadow_rights(F::rights(mode, combined)),
+            };
+            if level == found.level {
+                leaf_entry = Some(link);
+                break;
+            }
+            links[level.index()] = Some(link);
+            let Some(below) = level.below() else { break };
+            level = below;
+        }
+        Found {
+            gpa: Gpa::new(found.address),
+            leaf: found.level.number(),
+            rights,
+            key,
+            top: Gpa::new(root).gfn(),
+            top_level: F::TOP.number(),
+            links,
+            leaf_entry,
+        }
+    }
+
+    fn walk_error(&self, error: WalkError<NoTable>) -> ErrorCode {
+        let described = self.protection.describe(self.access);
+        match error {
+            // As KVM has it: a table outside memory is one that is not there.
+            WalkError::Memory { .. } => described,
+            WalkError::Fault(fault) => match fault.kind {
+                FaultKind::NotPresent => described,
+                FaultKind::Malformed => described | ErrorCode::PRESENT | ErrorCode::RSVD,
+            },
+        }
+    }
+}
+
+/// A leaf of a last-level guest table, for entries made without a fault.
+pub(super) struct GuestLeaf {
+    pub(super) gfn: Gfn,
+    pub(super) rights: Rights,
+    pub(super) key: u8,
+}
+
+/// Reads entry `index` of the last-level guest table part at `gpa`: what it maps, if it is present,
+/// well-formed and accessed.
+pub(super) fn last_level(
+    memory: &GuestMemory<'_>,
+    paging: &GuestPaging,
+    table: Gfn,
+    quadrant: u8,
+    index: usize,
+    above: Rights,
+) -> Option<GuestLeaf> {
+    let at = (memory, table, quadrant, index, above);
+    match paging.tables() {
+        GuestTables::Off => None,
+        GuestTables::Legacy(mode) => leaf_of(mode, at),
+        GuestTables::Pae(mode) => leaf_of(mode, at),
+        GuestTables::FourLevel(mode) => leaf_of(mode, at),
+        GuestTables::FiveLevel(mode) => leaf_of(mode, at),
+    }
+}
+
+fn leaf_of<F: Shadowed>(
+    mode: &Mode<F>,
+    (memory, table, quadrant, index, above): (&GuestMemory<'_>, Gfn, u8, usize, Rights),
+) -> Option<GuestLeaf> {
+    let offset = (usize::from(quadrant) * 512 + index) as u64 * F::Entry::SIZE;
+    let raw = memory.entry(table.gpa().get() + offset, F::Entry::SIZE)?;
+    let is_usable = mode.is_present(raw)
+        && !mode.is_malformed(raw, Level::PTE, true)
+        && (raw & F::ACCESSED != 0 || !mode.has_accessed_dirty());
+    if !is_usable {
+        return None;
+    }
+    let mut rights = F::shadow_rights(F::rights(mode, raw ^ F::INVERTED)) & above;
+    rights.set(
+        Rights::DIRTY,
+        raw & F::DIRTY != 0 || !mode.has_accessed_dirty(),
+    );
+    Some(GuestLeaf {
+        gfn: Gpa::new(F::page_address(raw, Level::PTE)).gfn(),
+        rights,
+        key: (raw >> x86::KEY_SHIFT & 0xf) as u8,
+    })
+}
