@@ -6,7 +6,7 @@
 //! folder inside the cache. Nothing on the machine is installed or changed.
 //!
 //! ```text
-//! $EPTIDE_CACHE | $XDG_CACHE_HOME/eptide | ~/.cache/eptide
+//! $EPTIDE_CACHE | $XDG_CACHE_HOME/eptide | ~/.cache/eptide | /tmp/eptide-<user> without a home
 //!   packages/<name asked for>/         unpacked package
 //!   packages/<name asked for>/.package name and version of the package behind it
 //!   apt/                               private lists, made only when needed
@@ -17,6 +17,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -24,7 +25,9 @@ use std::process::{Command, Stdio};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No cache folder can be named.
-    #[error("no cache folder: set EPTIDE_CACHE, XDG_CACHE_HOME or HOME")]
+    #[error(
+        "no cache folder: set EPTIDE_CACHE, XDG_CACHE_HOME or HOME to a place that can be written"
+    )]
     NoCache,
     /// A file operation failed.
     #[error("{path}: {error}")]
@@ -60,7 +63,8 @@ pub enum Error {
     },
 }
 
-/// The folder for everything that can be fetched or made again.
+/// The folder for everything that can be fetched or made again. A user without a home that can be
+/// written gets a folder of their own among the temporary files.
 pub fn cache_folder() -> Result<PathBuf, Error> {
     let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
     if let Some(folder) = variable("EPTIDE_CACHE") {
@@ -69,8 +73,27 @@ pub fn cache_folder() -> Result<PathBuf, Error> {
     if let Some(folder) = variable("XDG_CACHE_HOME") {
         return Ok(Path::new(&folder).join("eptide"));
     }
-    let home = variable("HOME").ok_or(Error::NoCache)?;
-    Ok(Path::new(&home).join(".cache/eptide"))
+    let home = variable("HOME").map(|home| Path::new(&home).join(".cache/eptide"));
+    match home {
+        Some(folder) if fs::create_dir_all(&folder).is_ok() => Ok(folder),
+        _ => temporary_folder(),
+    }
+}
+
+/// `/tmp/eptide-<user ID>`, which must be this user's and nobody else's.
+fn temporary_folder() -> Result<PathBuf, Error> {
+    let user = fs::metadata("/proc/self")
+        .map_err(|_| Error::NoCache)?
+        .uid();
+    let folder = std::env::temp_dir().join(format!("eptide-{user}"));
+    // It may be there already; whose it is decides.
+    let _ = fs::DirBuilder::new().mode(0o700).create(&folder);
+    match fs::symlink_metadata(&folder) {
+        Ok(found) if found.is_dir() && found.uid() == user && found.mode() & 0o022 == 0 => {
+            Ok(folder)
+        }
+        _ => Err(Error::NoCache),
+    }
 }
 
 /// An unpacked package.
