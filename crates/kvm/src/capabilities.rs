@@ -85,6 +85,7 @@ pub(crate) fn check(capability: u32) -> i32 {
         | KVM_CAP_BINARY_STATS_FD
         | KVM_CAP_VCPU_ATTRIBUTES
         | KVM_CAP_STEAL_TIME
+        | KVM_CAP_X86_SMM
         | CAP_EXECUTION_TRAPS => 1,
         KVM_CAP_XCRS => (cpuid::supported_xcr0() != 0) as i32,
         KVM_CAP_DIRTY_LOG_RING | KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
@@ -103,6 +104,7 @@ pub(crate) fn check(capability: u32) -> i32 {
         }
         KVM_CAP_SYNC_REGS => KVM_SYNC_X86_VALID_FIELDS as i32,
         KVM_CAP_SYNC_MMU => 1,
+        KVM_CAP_MULTI_ADDRESS_SPACE => mmu::AddressSpace::ALL.len() as i32,
         KVM_CAP_X2APIC_API => X2APIC_FLAGS as i32,
         // Exits that are off would not be missed by anyone only if the guest could really halt or
         // idle here; it cannot, so nothing can be disabled.

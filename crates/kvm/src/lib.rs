@@ -39,6 +39,7 @@ mod port_io;
 mod pv;
 mod regs;
 mod run_area;
+mod smm;
 mod stats;
 pub mod time;
 pub mod timers;

@@ -9,6 +9,8 @@
 
 mod handlers;
 
+pub(crate) use handlers::allowed_efer;
+
 use crate::vcpu::{Core, Vcpu};
 use arch::controls::MsrBitmap;
 use arch::msr;

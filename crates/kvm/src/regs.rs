@@ -4,6 +4,8 @@ use crate::debug::DebugRegisters;
 use crate::error::{Result, fail};
 use crate::events::{Injection, PendingException};
 use crate::exits::{valid_cr0, valid_cr4, valid_xcr0};
+use crate::mailbox::Request;
+use crate::smm::Smm;
 use crate::vcpu::{Core, MpState, Vcpu};
 use arch::control_registers::{Cr0, Cr4, Dr6, Dr7, Efer, Rflags, Xcr0};
 use arch::controls::Interruptibility;
@@ -572,7 +574,12 @@ impl Core {
         e.nmi.pending = self.events.nmis as u8;
         e.nmi.masked = blocking.contains(Interruptibility::NMI) as u8;
         e.sipi_vector = 0;
+        // An SMI that was sent and not yet looked at waits too.
+        let sent = vcpu.mailbox().pending();
         e.smi.smm = self.cpu.state.smm as u8;
+        e.smi.pending = (self.smm.pending || sent.contains(Request::SMI)) as u8;
+        e.smi.smm_inside_nmi = (self.cpu.state.smm && self.smm.inside_nmi) as u8;
+        e.smi.latched_init = (self.smm.latched_init || sent.contains(Request::INIT)) as u8;
         e.flags =
             KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SMM;
         if payloads {
@@ -598,13 +605,14 @@ impl Core {
         let triple = e.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT != 0;
         let pending = payloads && e.exception.pending != 0;
         let any_exception = e.exception.injected != 0 || pending;
-        let in_smm = e.flags & KVM_VCPUEVENT_VALID_SMM != 0 && e.smi.smm != 0;
+        let smm = e.flags & KVM_VCPUEVENT_VALID_SMM != 0;
+        let smm_waits = smm && (e.smi.smm | e.smi.pending) != 0;
         if e.flags & !known != 0
             || (payloads && !settings.exception_payload)
             || (pending && e.exception.injected != 0)
             || (triple && !settings.triple_fault_event)
             || (any_exception && (e.exception.nr > 31 || e.exception.nr == 2))
-            || in_smm
+            || (smm_waits && self.mp_state == MpState::InitReceived)
         {
             return fail(libc::EINVAL);
         }
@@ -641,6 +649,18 @@ impl Core {
         }
         if e.flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR != 0 {
             self.sipi_vector = e.sipi_vector as u8;
+        }
+        if smm {
+            vcpu.mailbox().take(Request::SMI);
+            let inside = e.smi.smm != 0;
+            if self.cpu.state.smm != inside {
+                self.set_smm(inside);
+            }
+            self.smm = Smm {
+                pending: e.smi.pending != 0,
+                inside_nmi: inside && e.smi.smm_inside_nmi != 0,
+                latched_init: inside && vcpu.apic().is_some() && e.smi.latched_init != 0,
+            };
         }
         if triple {
             self.events.triple_fault = e.triple_fault.pending != 0;

@@ -147,6 +147,7 @@ pub(crate) struct Core {
     /// A paravirtual kick came that has ended no halt yet. It may come between the guest's look at
     /// its lock and its HLT; the HLT must not sleep then.
     pub(crate) kicked: bool,
+    pub(crate) smm: crate::smm::Smm,
     /// The guest has run: CPUID can no longer change.
     pub(crate) has_run: bool,
 }
@@ -286,6 +287,7 @@ impl Vcpu {
             apic_base,
             sipi_vector: 0,
             kicked: false,
+            smm: crate::smm::Smm::default(),
             has_run: false,
         };
         if core.has_shadow_paging {
@@ -755,6 +757,18 @@ impl Core {
             }
             injected = Some(events::exception_injection(&exception));
         }
+        if self.smi_waits() {
+            if injected.is_none() {
+                self.enter_smm(vcpu);
+                if self.events.triple_fault {
+                    return self.inject(vcpu);
+                }
+            } else {
+                // The event comes first; its entry ends before an instruction.
+                vcpu.mailbox().post_own(Request::EVENT);
+                vcpu.mailbox().kick();
+            }
+        }
         if self.events.nmis != 0 {
             if injected.is_none() && events::nmis_open(&self.cpu.state) {
                 self.events.nmis -= 1;
@@ -817,10 +831,11 @@ impl Core {
         if mailbox.take(Request::TRIPLE_FAULT) {
             self.events.triple_fault = true;
         }
-        // System management mode is not offered: an SMI has nowhere to go.
-        mailbox.take(
-            Request::SCAN_IOAPIC | Request::MMU_RELOAD | Request::TRAPS_CHANGED | Request::SMI,
-        );
+        if mailbox.take(Request::SMI) {
+            self.smm.pending = true;
+            self.look_for_events = true;
+        }
+        mailbox.take(Request::SCAN_IOAPIC | Request::MMU_RELOAD | Request::TRAPS_CHANGED);
         if mailbox.take(Request::MSR_FILTER) {
             self.update_msr_bitmap(vcpu.vm());
         }
@@ -838,7 +853,10 @@ impl Core {
     /// INIT and start-up IPIs.
     fn start_up_requests(&mut self, vcpu: &Vcpu) {
         let mailbox = vcpu.mailbox();
-        if mailbox.take(Request::INIT) {
+        let init = mailbox.take(Request::INIT);
+        if init && self.cpu.state.smm {
+            self.smm.latched_init = true;
+        } else if init {
             self.init(vcpu);
             let waits = !vcpu.vm().is_bootstrap(vcpu.id());
             self.mp_state = if waits {
@@ -894,6 +912,7 @@ impl Core {
             MpState::Runnable => true,
             MpState::Halted => {
                 nmi || self.kicked
+                    || self.smi_waits()
                     || interrupted()
                     || self.events.exception.is_some()
                     || self.events.again.is_some()

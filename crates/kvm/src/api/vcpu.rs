@@ -472,6 +472,13 @@ impl VcpuFd {
         Ok(())
     }
 
+    /// KVM_SMI.
+    pub fn smi(&self) -> Result<()> {
+        self.vcpu.vm().check_alive()?;
+        self.vcpu.mailbox().post(Request::SMI);
+        Ok(())
+    }
+
     /// KVM_INTERRUPT, for a local APIC in user space.
     pub fn interrupt(&self, vector: u32) -> Result<()> {
         self.core()?.queue_interrupt(&self.vcpu, vector)

@@ -66,7 +66,7 @@ const fn row(reason: ExitReason) -> Row {
         R::Invpcid => Handle(shadow::invpcid),
         R::Rdpmc => Handle(instructions::rdpmc),
         R::Rdtsc | R::Rdtscp => Never("RDTSC exiting is off"),
-        R::Rsm => Handle(instructions::undefined),
+        R::Rsm => Handle(crate::smm::rsm),
         R::Vmcall => Handle(hypercall::vmcall),
         // Nested virtualization is not offered; these are its handlers' places.
         R::Vmclear

@@ -437,6 +437,7 @@ table! {
         0xa6 KVM_GET_XCRS (read kvm_xcrs) [KVM_CAP_XCRS] "XCR0." => |vcpu, at| give(at, vcpu.get_xcrs());
         0xa7 KVM_SET_XCRS (write kvm_xcrs) [KVM_CAP_XCRS] "Sets XCR0." => |vcpu, at| take(at, |xcrs| vcpu.set_xcrs(&xcrs));
         0xad KVM_KVMCLOCK_CTRL (none) [KVM_CAP_KVMCLOCK_CTRL] "Tells the guest that it was stopped." => |vcpu, _| vcpu.kvmclock_ctrl().and(DONE);
+        0xb7 KVM_SMI (none) [KVM_CAP_X86_SMM] "Sends an SMI." => |vcpu, _| vcpu.smi().and(DONE);
         0xcc KVM_GET_SREGS2 (read kvm_sregs2) [KVM_CAP_SREGS2] "As KVM_GET_SREGS, with the PDPTEs." => |vcpu, at| give(at, vcpu.get_sregs2());
         0xcd KVM_SET_SREGS2 (write kvm_sregs2) [KVM_CAP_SREGS2] "As KVM_SET_SREGS, with the PDPTEs." => |vcpu, at| take(at, |sregs| vcpu.set_sregs2(&sregs));
         0xce KVM_GET_STATS_FD (none) [KVM_CAP_BINARY_STATS_FD] "A file of the vCPU's counters." => |vcpu, _| vcpu.get_stats_fd().map(Answer::Descriptor);

@@ -362,7 +362,7 @@ pub(super) fn write_efer(access: &mut Access<'_>, value: u64) -> Result<()> {
 // ---- System management, features --------------------------------------------------------------
 
 pub(super) fn read_smbase(access: &mut Access<'_>) -> Result<u64> {
-    if access.trusted {
+    if access.trusted || access.core.cpu.state.smm {
         Ok(access.core.cpu.state.smbase as u64)
     } else {
         Err(INVALID)
