@@ -163,13 +163,14 @@ impl Core {
         drop(slots);
         mmu.mark_dirty(space, gpa.gfn());
         if old & steal::FLUSH != 0 {
-            self.flush_guest_translations();
+            self.flush_guest_translations(vcpu);
         }
     }
 
     /// Drops the translations that the guest's own tables made, as the guest would.
-    pub(crate) fn flush_guest_translations(&mut self) {
+    pub(crate) fn flush_guest_translations(&mut self, vcpu: &Vcpu) {
         self.counters.tlb_flushes += 1;
+        self.sync_shadow(vcpu);
         self.cpu.flush(cpu::Flush::Guest);
     }
 

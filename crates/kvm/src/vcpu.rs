@@ -825,7 +825,7 @@ impl Core {
             self.update_steal_time(vcpu);
         }
         if mailbox.take(Request::TLB_FLUSH) {
-            self.flush_guest_translations();
+            self.flush_guest_translations(vcpu);
             self.sync_shadow(vcpu);
         }
         if mailbox.take(Request::TRIPLE_FAULT) {

@@ -291,8 +291,11 @@ fn a_sleeping_processor_flushes_when_it_wakes() {
         let mut wait = a.create_label();
         a.set_label(&mut wait)?;
         a.pause()?;
-        a.cmp(dword_ptr(0x5008), 0)?;
-        a.je(wait)?;
+        a.cmp(byte_ptr(PREEMPTED), 1)?;
+        a.jne(wait)?;
+        // As a remote flush: the table changes, then the flush is left to be made.
+        a.mov(qword_ptr(ENTRY), 0)?;
+        a.lock().or(byte_ptr(PREEMPTED), FLUSH as i32)?;
         enable_apic(a)?;
         a.mov(dword_ptr(rbx + 0x310), 1 << 24)?;
         a.mov(dword_ptr(rbx + 0x300), 0x4041)?; // wakes the second
@@ -325,25 +328,12 @@ fn a_sleeping_processor_flushes_when_it_wakes() {
     });
     machine.memory.write_u64(0x4000, 0x1111);
     machine.memory.write_u64(ENTRY, 0x87);
+    machine.gate(14, 0x2100);
+    machine.code_at(0x2100, |a| {
+        a.mov(dword_ptr(0x5010), 14)?;
+        a.out(0x81, al)
+    });
     let second = with_second(&mut machine, |machine| {
-        wait_for("the halt is not marked", || {
-            byte(machine, PREEMPTED).load(Ordering::SeqCst) == 1
-        });
-        // As a guest's remote flush: the table changes, then the flush is left to be made.
-        machine.memory.write_u64(ENTRY, 0);
-        let left = byte(machine, PREEMPTED).compare_exchange(
-            1,
-            1 | FLUSH,
-            Ordering::SeqCst,
-            Ordering::SeqCst,
-        );
-        assert!(left.is_ok());
-        machine.gate(14, 0x2100);
-        machine.code_at(0x2100, |a| {
-            a.mov(dword_ptr(0x5010), 14)?;
-            a.out(0x81, al)
-        });
-        machine.memory.write_u64(0x5008, 1);
         runs_to_stop(machine);
         wait_for("no page fault after the flush", || {
             machine.memory.read_u64(0x5010) == 14

@@ -133,8 +133,8 @@ impl Core {
     pub(crate) fn take_guest_registers(&mut self, guest: Option<GuestRegisters>) {
         if let Some(guest) = guest {
             let state = &mut self.cpu.state;
-            state.cr0 = state.cr0 - CR0_MASK | guest.cr0 & CR0_MASK;
-            state.cr4 = state.cr4 - CR4_MASK | guest.cr4 & CR4_MASK;
+            state.cr0 = (state.cr0 - CR0_MASK) | guest.cr0 & CR0_MASK;
+            state.cr4 = (state.cr4 - CR4_MASK) | guest.cr4 & CR4_MASK;
         }
     }
 
@@ -189,7 +189,7 @@ pub(super) fn page_fault(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome
 
 /// What the verdicts mean that need no emulation.
 fn verdict(core: &mut Core, vcpu: &Vcpu, exit: &VmExit, result: FaultResult, gpa: Gpa) -> Outcome {
-    let mut exit = exit.clone();
+    let mut exit = *exit;
     exit.guest_linear_address = exit.qualification;
     exit.guest_physical_address = gpa.get();
     super::fault_outcome(core, vcpu, &exit, result)

@@ -15,7 +15,7 @@ use arch::exception::Exception;
 use arch::exit::{TaskSwitchSource, VmExit, task_switch_from_qualification};
 use arch::interruption::InterruptionType;
 use arch::segment::{AccessRights, Segment, SegmentName};
-use cpu::{Flush, Gpr};
+use cpu::Gpr;
 
 /// Bit of a TSS descriptor's type, in the upper half of the descriptor: busy.
 const BUSY: u32 = 1 << 9;
@@ -428,7 +428,7 @@ impl Switch<'_> {
         state.dr7 = Dr7::from_bits_retain(dr7);
         if pages {
             self.core.load_pdptes(self.vcpu);
-            self.core.cpu.flush(Flush::Guest);
+            self.core.flush_guest_translations(self.vcpu);
         }
         self.committed = true;
     }
