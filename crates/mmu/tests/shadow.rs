@@ -1,0 +1,676 @@
+//! Shadow paging against the architecture: a processor that walks the MMU's tables with the
+//! registers that KVM gives it, and the naive walker on the guest's own tables.
+//!
+//! `EPTIDE_ALL=1` runs every combination instead of a part.
+#![cfg(not(feature = "model"))]
+
+extern crate arch as eptide_arch;
+
+mod machine;
+#[path = "../../arch/tests/naive/mod.rs"]
+mod naive;
+
+use arch::addr::{Gpa, Gva, PAGE_SIZE};
+use arch::control_registers::{Cr0, Cr4, Efer};
+use arch::page_fault::ErrorCode;
+use arch::paging::{
+    Access, GuestControls, GuestError, GuestPaging, GuestRoot, Privilege, entry as x86,
+};
+use eptide_mmu::{
+    AddressSpace, Config, Entry, FaultResult, GuestMode, MemoryRegion, Mmu, ShadowResult, Vcpu,
+};
+use machine::{HostTables, Ram, log_dirty, mmu, region};
+use naive::Memory;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+
+const NORMAL: AddressSpace = AddressSpace::Normal;
+
+/// How an access ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    /// It reached this guest address.
+    Memory(u64),
+    /// The guest's #PF.
+    Fault(ErrorCode),
+    /// A device's, at this address.
+    Mmio(u64),
+}
+
+/// A processor without EPT. Without a TLB, too: what it sees is what the tables say.
+struct Cpu {
+    mmu: Arc<Mmu>,
+    vcpu: Vcpu,
+    ram: Arc<Ram>,
+    controls: GuestControls,
+    root: GuestRoot,
+    privilege: Privilege,
+    emulated: u64,
+}
+
+impl Cpu {
+    fn new(mmu: &Arc<Mmu>, ram: &Arc<Ram>, id: u32, controls: GuestControls, root: u64) -> Self {
+        Self {
+            mmu: Arc::clone(mmu),
+            vcpu: mmu.create_vcpu(id),
+            ram: Arc::clone(ram),
+            controls,
+            root: GuestRoot {
+                cr3: root,
+                pdptes: [root | 1; 4],
+            },
+            privilege: Privilege::default(),
+            emulated: 0,
+        }
+    }
+
+    /// The mode that the processor is in: the guest's with WP set, and host-owned tables.
+    fn hardware(&self, levels: u8) -> GuestPaging {
+        let guest = &self.controls;
+        let mut cr4 = guest.cr4 | Cr4::PAE;
+        if !guest.cr0.contains(Cr0::PG) {
+            cr4 -= Cr4::SMEP | Cr4::SMAP | Cr4::PKE;
+        } else if !guest.efer.contains(Efer::LMA) {
+            cr4 -= Cr4::PKE;
+        }
+        cr4.set(Cr4::LA57, levels == 5);
+        GuestPaging::new(&GuestControls {
+            cr0: guest.cr0 | Cr0::PG | Cr0::WP,
+            cr4,
+            efer: guest.efer | Efer::NXE | Efer::LMA,
+            physical_bits: 51,
+            has_1g_pages: true,
+            has_pse36: true,
+        })
+    }
+
+    fn mode(&self, access: Access) -> GuestMode {
+        GuestMode {
+            controls: self.controls,
+            root: self.root,
+            privilege: self.privilege,
+            is_user: access.contains(Access::USER),
+        }
+    }
+
+    fn access(&mut self, gva: u64, access: Access) -> Outcome {
+        self.access_with(gva, access, |_| {})
+    }
+
+    fn access_with(&mut self, gva: u64, access: Access, then: impl Fn(u64)) -> Outcome {
+        let guest = self.mode(access);
+        for _ in 0..100 {
+            let pointer = self.mmu.load_shadow(&mut self.vcpu, &guest).unwrap();
+            if self.vcpu.gate().enter() != Entry::Ready {
+                continue;
+            }
+            let root = GuestRoot {
+                cr3: pointer.root.get(),
+                pdptes: [0; 4],
+            };
+            let found = self.hardware(pointer.levels).translate(
+                &mut HostTables,
+                &root,
+                Gva::new(gva),
+                access,
+                &self.privilege,
+            );
+            if let Ok(found) = &found {
+                then(found.gpa.get());
+            }
+            self.vcpu.gate().exit();
+            let code = match found {
+                Ok(found) => {
+                    return Outcome::Memory(found.gpa.get() - self.ram.hva().get());
+                }
+                Err(GuestError::PageFault(fault)) => fault.error_code,
+                Err(GuestError::Memory { error, .. }) => match error {},
+            };
+            let result = self
+                .mmu
+                .handle_shadow_fault(&mut self.vcpu, &guest, Gva::new(gva), code);
+            match result {
+                ShadowResult::Guest(code) => return Outcome::Fault(code),
+                ShadowResult::Verdict(FaultResult::WriteProtected, gpa) => {
+                    self.emulated += 1;
+                    return Outcome::Memory(gpa.get());
+                }
+                ShadowResult::Verdict(FaultResult::Mmio(mmio), _) => {
+                    return Outcome::Mmio(mmio.gpa.get());
+                }
+                ShadowResult::Verdict(
+                    FaultResult::Fixed | FaultResult::Spurious | FaultResult::Retry,
+                    _,
+                ) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        panic!("no progress at {gva:#x}, {access:?}");
+    }
+
+    /// A guest store of a word by linear address, emulated where the page is protected.
+    fn store(&mut self, gva: u64, value: u64) -> Outcome {
+        let before = self.emulated;
+        let outcome = self.access_with(gva, Access::WRITE, |hva| {
+            // SAFETY: an address that the tables gave, in guest mode.
+            unsafe {
+                &*std::ptr::with_exposed_provenance::<std::sync::atomic::AtomicU64>(hva as usize)
+            }
+            .store(value, SeqCst);
+        });
+        if let (Outcome::Memory(gpa), true) = (outcome, self.emulated > before) {
+            let bytes = value.to_le_bytes();
+            self.mmu.write_guest(NORMAL, Gpa::new(gpa), &bytes).unwrap();
+        }
+        outcome
+    }
+}
+
+fn shadow_config() -> Config {
+    Config {
+        shadow: true,
+        ..Config::default()
+    }
+}
+
+const RAM: u64 = 32 << 20;
+const ROOT: u64 = 0x9_0000;
+const PAGE: u64 = 0x80_0000;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Legacy,
+    Pae,
+    Four,
+    Five,
+}
+
+impl Format {
+    const ALL: [Format; 4] = [Format::Legacy, Format::Pae, Format::Four, Format::Five];
+
+    fn is_long(self) -> bool {
+        matches!(self, Format::Four | Format::Five)
+    }
+    fn levels(self) -> u32 {
+        match self {
+            Format::Legacy | Format::Pae => 2,
+            Format::Four => 4,
+            Format::Five => 5,
+        }
+    }
+    fn index_bits(self) -> u32 {
+        if self == Format::Legacy { 10 } else { 9 }
+    }
+    fn size(self) -> u64 {
+        if self == Format::Legacy { 4 } else { 8 }
+    }
+    fn gva(self) -> u64 {
+        match self {
+            Format::Legacy | Format::Pae => 0xc080_1234,
+            Format::Four => 0x5a << 39 | 3 << 30 | 0x80_1234,
+            Format::Five => 5 << 48 | 0x5a << 39 | 3 << 30 | 0x80_1234,
+        }
+    }
+    fn at(self, level: u32) -> u64 {
+        let table = if level == self.levels() {
+            ROOT
+        } else {
+            u64::from(level) << 16
+        };
+        let shift = 12 + self.index_bits() * (level - 1);
+        table + (self.gva() >> shift & ((1 << self.index_bits()) - 1)) * self.size()
+    }
+
+    fn controls(self, bits: u32) -> GuestControls {
+        let bit = |n: u32| bits >> n & 1 != 0;
+        let mut cr0 = Cr0::PE | Cr0::PG;
+        cr0.set(Cr0::WP, bit(0));
+        let mut cr4 = Cr4::empty();
+        cr4.set(Cr4::SMEP, bit(1));
+        cr4.set(Cr4::SMAP, bit(2));
+        cr4.set(Cr4::PKE, bit(3));
+        cr4.set(Cr4::PSE, bit(5));
+        cr4.set(Cr4::PAE, self != Format::Legacy);
+        cr4.set(Cr4::LA57, self == Format::Five);
+        let mut efer = Efer::empty();
+        efer.set(Efer::NXE, bit(4));
+        efer.set(Efer::LMA | Efer::LME, self.is_long());
+        GuestControls {
+            cr0,
+            cr4,
+            efer,
+            physical_bits: 46,
+            has_1g_pages: true,
+            has_pse36: true,
+        }
+    }
+
+    /// The entry under test at `level`: bits of `n` for present, write, user, NX, accessed, dirty,
+    /// page size, a reserved bit.
+    fn entry(self, n: u64, key: u64, level: u32) -> u64 {
+        let bit = |k: u32, mask: u64| if n >> k & 1 != 0 { mask } else { 0 };
+        let mut entry = bit(0, x86::PRESENT)
+            | bit(1, x86::WRITABLE)
+            | bit(2, x86::USER)
+            | bit(4, x86::ACCESSED)
+            | bit(5, x86::DIRTY)
+            | bit(6, x86::PAGE_SIZE)
+            | key << x86::KEY_SHIFT;
+        if self == Format::Legacy {
+            entry |= bit(7, 1 << 21);
+        } else {
+            entry |= bit(3, x86::NO_EXECUTE) | bit(7, 1 << 51);
+        }
+        let is_leaf = level == 1 || n >> 6 & 1 != 0;
+        let target = match (is_leaf, level) {
+            (true, 3) => 0,
+            (true, _) => PAGE,
+            (false, _) => u64::from(level - 1) << 16,
+        };
+        // In 32-bit paging without PSE it is a link all the same, to a table of zeros.
+        entry | target
+    }
+}
+
+const ACCESSES: [Access; 3] = [Access::empty(), Access::WRITE, Access::FETCH];
+
+struct Tally {
+    cases: u64,
+    faults: u64,
+    emulated: u64,
+}
+
+/// Every combination of the bits of one entry, of controls and of accesses. The accesses of one
+/// combination follow each other on the same tables, so that each meets what those before left.
+fn enumerate(format: Format, level: u32, stride: usize) -> Tally {
+    let ram = Arc::new(Ram::new(RAM));
+    let mmu = mmu(shadow_config());
+    mmu.set_memory_region(&region(0, 0, RAM, ram.hva()))
+        .unwrap();
+    let write = |at: u64, value: u64| {
+        let bytes = value.to_le_bytes();
+        let bytes = &bytes[..format.size() as usize];
+        mmu.write_guest(NORMAL, Gpa::new(at), bytes).unwrap();
+    };
+    let read = |at: u64| {
+        let word = ram.word(at & !7).load(SeqCst);
+        if format.size() == 4 {
+            word >> (8 * (at & 4)) & 0xffff_ffff
+        } else {
+            word
+        }
+    };
+    let all = x86::PRESENT | x86::WRITABLE | x86::USER | x86::ACCESSED | x86::DIRTY;
+    let keys = if format.is_long() { 3 } else { 1 };
+    let mut cpu = Cpu::new(&mmu, &ram, 0, format.controls(0), ROOT);
+    let mut tally = Tally {
+        cases: 0,
+        faults: 0,
+        emulated: 0,
+    };
+    let combinations = (0..64 * 256 * keys).step_by(stride);
+    for n in combinations {
+        let (bits, n) = (n as u64 % 256, n / 256);
+        let (key, control_bits) = ((n % keys) as u64, (n / keys) as u32);
+        let controls = format.controls(control_bits);
+        let mut memory = Memory::new();
+        for at_level in 1..=format.levels() {
+            let value = if at_level == level {
+                format.entry(bits, key, level)
+            } else if at_level == 1 {
+                PAGE | all
+            } else {
+                u64::from(at_level - 1) << 16 | all
+            };
+            memory.insert(format.at(at_level), value);
+            if read(format.at(at_level)) != value {
+                write(format.at(at_level), value);
+            }
+        }
+        cpu.controls = controls;
+        let privilege = |alignment_check| Privilege {
+            // Key 1 takes no writes, key 2 nothing.
+            pkru: 0b10 << 2 | 0b01 << 4,
+            pkrs: 0,
+            alignment_check,
+        };
+        for turn in 0..9_usize {
+            // Every order comes, so that each access comes after each.
+            let turn = (turn * 4 + bits as usize + control_bits as usize) % 9;
+            let who = [Access::USER, Access::empty(), Access::empty()][turn / 3];
+            let access = ACCESSES[turn % 3] | who;
+            cpu.privilege = privilege(turn / 3 == 2);
+            let expected = naive::translate(
+                &mut memory,
+                &controls,
+                &cpu.root,
+                format.gva(),
+                access,
+                &cpu.privilege,
+            );
+            let expected = match expected {
+                Ok(translation) => Outcome::Memory(translation.gpa.get()),
+                Err((code, _)) => Outcome::Fault(code),
+            };
+            let found = cpu.access(format.gva(), access);
+            tally.cases += 1;
+            tally.faults += u64::from(matches!(found, Outcome::Fault(_)));
+            let case = || {
+                format!(
+                    "{format:?} level {level} entry {:#x} {controls:?} {access:?} {:?}",
+                    format.entry(bits, key, level),
+                    cpu.privilege
+                )
+            };
+            assert_eq!(found, expected, "{}", case());
+            for (&at, &value) in &memory {
+                assert_eq!(read(at), value, "entry at {at:#x}: {}", case());
+            }
+        }
+    }
+    tally.emulated = cpu.emulated;
+    tally
+}
+
+#[test]
+fn every_combination_of_entry_controls_and_access_ends_as_the_manual_says() {
+    let stride = if std::env::var_os("EPTIDE_ALL").is_some() {
+        1
+    } else {
+        5
+    };
+    let mut cases = 0;
+    for format in Format::ALL {
+        for level in 1..=format.levels().min(3) {
+            let tally = enumerate(format, level, stride);
+            println!(
+                "{format:?} level {level}: {} cases, {} faults, {} emulated",
+                tally.cases, tally.faults, tally.emulated
+            );
+            assert!(tally.faults > tally.cases / 8 && tally.faults < tally.cases);
+            cases += tally.cases;
+        }
+    }
+    assert!(cases > 250_000, "{cases}");
+}
+
+// --- a guest that edits its own tables ---
+
+/// A random number generator that is the same everywhere.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (self.0 >> 33) % n
+    }
+}
+
+const IDENTITY: u64 = 1 << 39;
+
+/// Tables of a 4-level guest: PML4 at ROOT; entry 1 of it maps all of RAM with 2 MiB pages, entry 0
+/// leads to `TABLES` tables on three levels that the guest edits.
+const TABLES: u64 = 6;
+const FIRST_TABLE: u64 = 0x10_0000;
+
+fn table(n: u64) -> u64 {
+    FIRST_TABLE + n * PAGE_SIZE
+}
+
+fn editor(id: u32, mmu: &Arc<Mmu>, ram: &Arc<Ram>) -> Cpu {
+    let mut cpu = Cpu::new(mmu, ram, id, Format::Four.controls(0b01_0001), ROOT);
+    cpu.root.pdptes = [0; 4];
+    cpu
+}
+
+fn identity(ram: &Ram) {
+    let all = x86::PRESENT | x86::WRITABLE | x86::ACCESSED | x86::DIRTY;
+    ram.word(ROOT + 8).store(0xa_0000 | all, SeqCst);
+    ram.word(0xa_0000).store(0xb_0000 | all, SeqCst);
+    for n in 0..RAM >> 21 {
+        let page = n << 21 | all | x86::PAGE_SIZE;
+        ram.word(0xb_0000 + 8 * n).store(page, SeqCst);
+    }
+}
+
+fn edit(seed: u64, steps: u32, vcpus: u32, config: Config) {
+    let ram = Arc::new(Ram::new(RAM));
+    let mmu = mmu(config);
+    mmu.set_memory_region(&region(0, 0, RAM, ram.hva()))
+        .unwrap();
+    identity(&ram);
+    ram.word(ROOT).store(table(0) | 0x67, SeqCst);
+    let mut cpus: Vec<_> = (0..vcpus).map(|id| editor(id, &mmu, &ram)).collect();
+    let mut random = Random(seed);
+    // Table 0 holds PDPTEs, 1 and 2 PDEs, the others PTEs.
+    let kinds = [3_u64, 2, 2, 1, 1, 1];
+    for step in 0..steps {
+        let cpu = &mut cpus[random.below(vcpus.into()) as usize];
+        match random.below(8) {
+            0..4 => {
+                let n = random.below(TABLES);
+                let target = match kinds[n as usize] {
+                    3 => table(1 + random.below(2)),
+                    2 => table(3 + random.below(3)),
+                    // A page, or a table as a page.
+                    _ if random.below(4) == 0 => table(random.below(TABLES)),
+                    _ => PAGE + random.below(64) * PAGE_SIZE,
+                };
+                let flags = [7, 7, 0x67, 5, 3, 1, 0, 0x27][random.below(8) as usize];
+                let gva = IDENTITY | table(n) + 8 * random.below(4);
+                let outcome = cpu.store(gva, target | flags);
+                assert_eq!(outcome, Outcome::Memory(gva & !IDENTITY), "step {step}");
+                // Proper invalidation on every processor.
+                for cpu in &mut cpus {
+                    if random.below(2) == 0 || kinds[n as usize] > 1 {
+                        cpu.mmu.sync_shadow();
+                    } else {
+                        for page in linear_pages() {
+                            cpu.mmu.invalidate_linear(&mut cpu.vcpu, Gva::new(page));
+                        }
+                    }
+                }
+            }
+            _ => {
+                let gva = linear_pages().nth(random.below(64) as usize).unwrap();
+                let access = [
+                    Access::empty(),
+                    Access::WRITE,
+                    Access::USER,
+                    Access::USER | Access::WRITE,
+                ][random.below(4) as usize];
+                // Each entry that the walk reads.
+                let mut memory = Memory::new();
+                for n in 0..TABLES {
+                    for index in 0..8 {
+                        let at = table(n) + 8 * index;
+                        memory.insert(at, ram.word(at).load(SeqCst));
+                    }
+                }
+                memory.insert(ROOT, ram.word(ROOT).load(SeqCst));
+                let expected = naive::translate(
+                    &mut memory,
+                    &cpu.controls,
+                    &cpu.root,
+                    gva,
+                    access,
+                    &cpu.privilege,
+                );
+                let expected = match expected {
+                    Ok(translation) => Outcome::Memory(translation.gpa.get()),
+                    Err((code, _)) => Outcome::Fault(code),
+                };
+                let found = cpu.access(gva, access);
+                assert_eq!(found, expected, "step {step}: {gva:#x} {access:?}");
+                for (&at, &value) in &memory {
+                    let now = ram.word(at).load(SeqCst);
+                    assert_eq!(now, value, "step {step}: entry at {at:#x}");
+                }
+            }
+        }
+    }
+    let stats = mmu.stats();
+    assert!(stats.unsynced > 0 && stats.synced > 0, "{stats:?}");
+    assert!(cpus.iter().any(|cpu| cpu.emulated > 0) && stats.shadow_zapped > 0);
+}
+
+/// The pages that the first four entries of each level lead to.
+fn linear_pages() -> impl Iterator<Item = u64> {
+    (0..64_u64).map(|n| (n & 3) << 12 | (n >> 2 & 3) << 21 | (n >> 4 & 3) << 30)
+}
+
+#[test]
+fn a_guest_that_edits_its_tables_sees_them() {
+    for seed in 0..20 {
+        edit(seed, 2000, 1, shadow_config());
+        edit(seed, 2000, 3, shadow_config());
+    }
+}
+
+#[test]
+fn a_guest_with_more_tables_than_the_limit_sees_them() {
+    let config = Config {
+        max_table_pages: 40,
+        ..shadow_config()
+    };
+    for seed in 0..10 {
+        edit(seed, 2000, 2, config);
+    }
+}
+
+// --- single points ---
+
+fn flat(config: Config) -> (Arc<Ram>, Arc<Mmu>, Cpu) {
+    let ram = Arc::new(Ram::new(RAM));
+    let mmu = mmu(config);
+    mmu.set_memory_region(&region(0, 0, RAM, ram.hva()))
+        .unwrap();
+    identity(&ram);
+    let cpu = editor(0, &mmu, &ram);
+    (ram, mmu, cpu)
+}
+
+#[test]
+fn large_pages_stay_large_where_the_slot_allows() {
+    let (_ram, mmu, mut cpu) = flat(shadow_config());
+    let gva = IDENTITY | 0x100_5008;
+    assert_eq!(cpu.access(gva, Access::WRITE), Outcome::Memory(0x100_5008));
+    assert_eq!(mmu.stats().mapped_2m, 1);
+    // A table in the block keeps it small.
+    assert_eq!(
+        cpu.access(IDENTITY | 0xa_0000, Access::empty()),
+        Outcome::Memory(0xa_0000)
+    );
+    assert_eq!((mmu.stats().mapped_2m, mmu.stats().mapped_4k), (1, 1));
+}
+
+#[test]
+fn unpaged_memory_is_direct() {
+    let (_ram, mmu, mut cpu) = flat(shadow_config());
+    cpu.controls.cr0 -= Cr0::PG;
+    cpu.controls.efer = Efer::empty();
+    // Protection means nothing here.
+    cpu.controls.cr4 = Cr4::SMEP | Cr4::SMAP;
+    for access in [Access::WRITE, Access::FETCH, Access::USER] {
+        assert_eq!(cpu.access(0x80_0123, access), Outcome::Memory(0x80_0123));
+    }
+    assert_eq!(
+        cpu.access(0xfee0_0020, Access::WRITE),
+        Outcome::Mmio(0xfee0_0020)
+    );
+    assert_eq!(mmu.stats().mmio_mapped, 1);
+    assert_eq!(
+        cpu.access(0xfee0_0030, Access::empty()),
+        Outcome::Mmio(0xfee0_0030)
+    );
+    assert_eq!(mmu.stats().mmio_by_entry, 1);
+}
+
+#[test]
+fn mmio_entries_age_with_the_slots() {
+    let (ram, mmu, mut cpu) = flat(shadow_config());
+    ram.word(ROOT).store(table(0) | 0x67, SeqCst);
+    ram.word(table(0)).store(table(1) | 0x67, SeqCst);
+    ram.word(table(1)).store(table(3) | 0x67, SeqCst);
+    ram.word(table(3)).store(0x4000_0000 | 0x63, SeqCst);
+    for _ in 0..2 {
+        assert_eq!(cpu.access(8, Access::WRITE), Outcome::Mmio(0x4000_0008));
+    }
+    assert_eq!(mmu.stats().mmio_by_entry, 1);
+    let user = cpu.access(8, Access::USER);
+    assert_eq!(user, Outcome::Fault(ErrorCode::PRESENT | ErrorCode::USER));
+    let more = Ram::new(2 << 20);
+    mmu.set_memory_region(&region(1, 0x4000_0000, 2 << 20, more.hva()))
+        .unwrap();
+    let hva = more.hva().get() + 8 - ram.hva().get();
+    assert_eq!(cpu.access(8, Access::WRITE), Outcome::Memory(hva));
+}
+
+#[test]
+fn the_dirty_log_sees_writes_of_guest_and_walker() {
+    let (ram, mmu, mut cpu) = flat(shadow_config());
+    ram.word(ROOT).store(table(0) | 7, SeqCst);
+    ram.word(table(0)).store(table(1) | 7, SeqCst);
+    ram.word(table(1)).store(table(3) | 7, SeqCst);
+    ram.word(table(3)).store(PAGE | 7, SeqCst);
+    cpu.access(0, Access::WRITE);
+    mmu.set_memory_region(&log_dirty(region(0, 0, RAM, ram.hva())))
+        .unwrap();
+    let take = || {
+        let mut log = vec![0; (RAM / PAGE_SIZE / 64) as usize];
+        mmu.dirty_log(NORMAL, 0, &mut log).unwrap();
+        (0..RAM / PAGE_SIZE)
+            .filter(|&n| log[n as usize / 64] >> (n % 64) & 1 != 0)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(take(), []);
+    cpu.access(0x10, Access::empty());
+    assert_eq!(take(), []);
+    cpu.access(0x10, Access::WRITE);
+    assert_eq!(take(), [PAGE >> 12]);
+    cpu.access(0x10, Access::WRITE);
+    cpu.store(IDENTITY | table(3) + 8, PAGE + PAGE_SIZE | 7);
+    assert_eq!(take(), [table(3) >> 12, PAGE >> 12]);
+    // The walk sets accessed and dirty bits in the new entry.
+    cpu.access(0x1000, Access::WRITE);
+    assert_eq!(take(), [table(3) >> 12, (PAGE >> 12) + 1]);
+}
+
+#[test]
+fn invalidated_memory_is_out_of_reach_and_comes_back() {
+    let (ram, mmu, mut cpu) = flat(shadow_config());
+    let gva = IDENTITY | PAGE;
+    cpu.access(gva, Access::WRITE);
+    let page = ram.hva().wrapping_add(PAGE);
+    let zapped = mmu.stats().leaf_zapped;
+    drop(mmu.invalidate(page..page.wrapping_add(PAGE_SIZE)));
+    assert_eq!(mmu.stats().leaf_zapped, zapped + 1);
+    assert_eq!(cpu.access(gva, Access::WRITE), Outcome::Memory(PAGE));
+    assert!(mmu.is_young(page..page.wrapping_add(PAGE_SIZE)));
+    assert!(mmu.age(page..page.wrapping_add(PAGE_SIZE)));
+    assert!(!mmu.is_young(page..page.wrapping_add(PAGE_SIZE)));
+}
+
+#[test]
+fn deleting_the_slot_of_the_tables_leaves_nothing() {
+    let (ram, mmu, mut cpu) = flat(shadow_config());
+    cpu.access(IDENTITY | PAGE, Access::WRITE);
+    mmu.set_memory_region(&MemoryRegion {
+        size: 0,
+        ..region(0, 0, 0, ram.hva())
+    })
+    .unwrap();
+    let fault = cpu.access(IDENTITY | PAGE, Access::WRITE);
+    assert_eq!(fault, Outcome::Fault(ErrorCode::WRITE));
+    mmu.set_memory_region(&region(0, 0, RAM, ram.hva()))
+        .unwrap();
+    assert_eq!(
+        cpu.access(IDENTITY | PAGE, Access::WRITE),
+        Outcome::Memory(PAGE)
+    );
+    let written = cpu.store(IDENTITY | ROOT + 0x100, 0);
+    assert_eq!((written, cpu.emulated), (Outcome::Memory(ROOT + 0x100), 1));
+}
