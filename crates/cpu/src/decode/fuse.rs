@@ -17,7 +17,7 @@ pub(super) fn with_jcc(
     if mode != CodeMode::Bits64 || !second.is_jcc_short_or_near() || first.has_lock_prefix() {
         return None;
     }
-    let condition = super::general::condition(second)?;
+    let condition = super::moves::condition(second)?;
     match first.mnemonic() {
         Mnemonic::Cmp => shaped::<Cmp>(first, condition),
         Mnemonic::Test => shaped::<Test>(first, condition),

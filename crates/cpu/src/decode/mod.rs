@@ -1,12 +1,18 @@
 //! From bytes to [`Op`]s.
 //!
-//! `iced-x86` decodes; this module turns its instructions into the compact form. [`general`]
-//! chooses handlers for general-purpose and system instructions, [`crate::vector`] for x87, MMX,
-//! SSE and AVX. What neither knows, or what CPUID does not offer ([`offered`]), raises #UD.
+//! `iced-x86` decodes; this module turns its instructions into the compact form. [`general`] and
+//! its siblings choose handlers for general-purpose and system instructions, [`crate::vector`] for
+//! x87, MMX, SSE and AVX. What neither knows, or what CPUID does not offer ([`offered`]), raises
+//! #UD.
 
+mod arithmetic;
 mod fuse;
 mod general;
+mod moves;
 mod offered;
+mod stack;
+mod system;
+mod transfers;
 
 use crate::code::CodeMode;
 use crate::execute::control;

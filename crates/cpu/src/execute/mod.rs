@@ -8,8 +8,10 @@
 pub(crate) mod alu;
 pub(crate) mod bit;
 pub(crate) mod control;
+pub(crate) mod control_registers;
 pub(crate) mod data;
 pub(crate) mod io;
+pub(crate) mod msrs;
 pub(crate) mod multiply;
 pub(crate) mod privileged;
 pub(crate) mod run;
