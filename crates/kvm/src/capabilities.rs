@@ -85,6 +85,7 @@ pub(crate) fn check(capability: u32) -> i32 {
         | KVM_CAP_BINARY_STATS_FD
         | KVM_CAP_VCPU_ATTRIBUTES
         | KVM_CAP_STEAL_TIME
+        | KVM_CAP_SYS_ATTRIBUTES
         | KVM_CAP_X86_SMM
         | CAP_EXECUTION_TRAPS => 1,
         KVM_CAP_XCRS => (cpuid::supported_xcr0() != 0) as i32,
@@ -106,9 +107,9 @@ pub(crate) fn check(capability: u32) -> i32 {
         KVM_CAP_SYNC_MMU => 1,
         KVM_CAP_MULTI_ADDRESS_SPACE => mmu::AddressSpace::ALL.len() as i32,
         KVM_CAP_X2APIC_API => X2APIC_FLAGS as i32,
-        // Exits that are off would not be missed by anyone only if the guest could really halt or
-        // idle here; it cannot, so nothing can be disabled.
-        KVM_CAP_X86_DISABLE_EXITS => 0,
+        // PAUSE never exits. A guest cannot halt or idle the host's processor from here, so HLT
+        // and MWAIT always do, and there are no C-states to hand over.
+        KVM_CAP_X86_DISABLE_EXITS => KVM_X86_DISABLE_EXITS_PAUSE as i32,
         KVM_CAP_DISABLE_QUIRKS2 => QUIRKS as i32,
         KVM_CAP_X86_USER_SPACE_MSR => MSR_REASONS as i32,
         KVM_CAP_EXIT_HYPERCALL => EXIT_HYPERCALLS as i32,
@@ -170,7 +171,12 @@ pub(crate) fn enable(vm: &Vm, request: &kvm_enable_cap) -> Result<()> {
                 chip.set_wide();
             }
         }
-        KVM_CAP_X86_DISABLE_EXITS => reject_unknown(0)?,
+        KVM_CAP_X86_DISABLE_EXITS => {
+            reject_unknown(KVM_X86_DISABLE_EXITS_PAUSE as u64)?;
+            if vm.has_vcpus() {
+                return fail(libc::EINVAL);
+            }
+        }
         KVM_CAP_MSR_PLATFORM_INFO => {}
         KVM_CAP_EXCEPTION_PAYLOAD => vm.update_settings(|s| s.exception_payload = value != 0),
         KVM_CAP_X86_TRIPLE_FAULT_EVENT => {

@@ -826,7 +826,6 @@ impl Core {
         }
         if mailbox.take(Request::TLB_FLUSH) {
             self.flush_guest_translations(vcpu);
-            self.sync_shadow(vcpu);
         }
         if mailbox.take(Request::TRIPLE_FAULT) {
             self.events.triple_fault = true;

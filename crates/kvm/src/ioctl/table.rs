@@ -305,6 +305,14 @@ fn tsc_attribute(attribute: &kvm_device_attr) -> Result<()> {
     if known { Ok(()) } else { fail(libc::ENXIO) }
 }
 
+/// The one attribute of the system: the XCR0 bits that guests can be offered.
+fn system_attribute(attribute: &kvm_device_attr) -> Result<()> {
+    let known = attribute.group == 0
+        && attribute.attr == KVM_X86_XCOMP_GUEST_SUPP as u64
+        && attribute.flags == 0;
+    if known { Ok(()) } else { fail(libc::ENXIO) }
+}
+
 /// What an absent descriptor would hold.
 fn word(address: u64) -> Result<u64> {
     read(address)
@@ -330,6 +338,12 @@ table! {
             value(read as i64)
         };
         0x9d KVM_X86_GET_MCE_CAP_SUPPORTED (read u64) [KVM_CAP_MCE] "Machine-check capabilities: MCG_CTL and software recovery." => |_, at| give(at, Ok(msrs::MCE_SUPPORTED));
+        0xe2 KVM_GET_DEVICE_ATTR (write kvm_device_attr) [KVM_CAP_SYS_ATTRIBUTES] "The extended-state components that can be offered." => |_, at| {
+            let attribute = read(at)?;
+            system_attribute(&attribute)?;
+            give(attribute.addr, Ok(cpuid::supported_xcr0()))
+        };
+        0xe3 KVM_HAS_DEVICE_ATTR (write kvm_device_attr) [KVM_CAP_SYS_ATTRIBUTES] "Whether an attribute exists." => |_, at| take(at, |attribute| system_attribute(&attribute));
     }
     Vm {
         0x03 KVM_CHECK_EXTENSION (none) [KVM_CAP_CHECK_EXTENSION_VM] "The value of a capability." => |_, n| value(u32::try_from(n).map_or(0, capabilities::check));

@@ -159,3 +159,22 @@ fn the_document_is_current() {
         "run with BLESS=1 and review the difference"
     );
 }
+
+#[test]
+fn the_system_tells_its_extended_state() {
+    let kvm = Kvm::new().unwrap();
+    let system = Object::System(&kvm);
+    let mut components = 0u64;
+    let mut attribute = kvm_bindings::kvm_device_attr {
+        addr: &raw mut components as u64,
+        ..Default::default()
+    };
+    let get = request(Kind::System, "KVM_GET_DEVICE_ATTR");
+    let at = &raw mut attribute as u64;
+    assert_eq!(number(ioctl(system, get, at)), 0);
+    assert_eq!(components, crate::cpuid::supported_xcr0());
+    attribute.attr = 1;
+    let at = &raw mut attribute as u64;
+    let has = request(Kind::System, "KVM_HAS_DEVICE_ATTR");
+    assert_eq!(ioctl(system, has, at).unwrap_err().errno(), libc::ENXIO);
+}
