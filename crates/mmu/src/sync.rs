@@ -103,6 +103,10 @@ pub enum Mutant {
     ZapAllUnlocked,
     /// Restricting a page flushes only if its leaf had the right.
     RestrictWithoutFlush,
+    /// A guest table is not write-protected when it gets a shadow page.
+    NoTableProtection,
+    /// Guest entries are not read again under the lock.
+    NoSecondRead,
 }
 
 #[cfg(feature = "model")]

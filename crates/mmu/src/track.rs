@@ -133,6 +133,11 @@ impl Mmu {
     }
 
     pub(crate) fn report_write(&self, space: AddressSpace, slot: &Memslot, gpa: Gpa, bytes: &[u8]) {
+        if self.config.shadow {
+            // Whoever shadows a table tracks it and then reads it: with the write before the look
+            // at the tracker, one of the two sees the other.
+            std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        }
         if slot.is_tracked(gpa.gfn()) {
             self.shadow_written(space, gpa, bytes.len());
             for listener in self.write_listeners.load().iter() {

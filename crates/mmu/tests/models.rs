@@ -355,3 +355,218 @@ fn tracking_begins_under_a_fault() {
     }
     check(model, &[Mutant::RestrictWithoutFlush]);
 }
+
+// --- shadow paging ---
+
+/// Guest memory and processors without EPT. The guest is in 32-bit paging: a directory, one table,
+/// pages; a second directory leads to the same table, without write permission.
+mod shadow {
+    use super::*;
+    use arch::addr::{Gpa, Gva};
+    use arch::control_registers::{Cr0, Cr4, Efer};
+    use arch::page_fault::ErrorCode;
+    use arch::paging::{Access, GuestControls, GuestError, GuestPaging, GuestRoot, Privilege};
+    use eptide_mmu::{Entry, GuestMode, ShadowResult, Vcpu};
+    use machine::{HostTables, Ram};
+
+    const DIRECTORY: u64 = 0x1000;
+    const OTHER_DIRECTORY: u64 = 0x2000;
+    pub(super) const TABLE: u64 = 0x3000;
+    pub(super) const OLD: u64 = 0x5000;
+    pub(super) const NEW: u64 = 0x6000;
+    /// Present, writable, user, accessed, dirty.
+    const ALL: u64 = 0x67;
+    /// Maps page 0 of the table; page 1 of the table is the table itself.
+    pub(super) const PAGE_GVA: u64 = 0;
+    const TABLE_GVA: u64 = 0x1000;
+
+    pub(super) struct Machine {
+        ram: Ram,
+        pub(super) mmu: Arc<Mmu>,
+    }
+
+    pub(super) fn machine() -> Arc<Machine> {
+        let ram = Ram::new(0x10000);
+        let mmu = mmu(Config {
+            shadow: true,
+            ..small()
+        });
+        mmu.set_memory_region(&region(0, 0, 0x10000, ram.hva()))
+            .unwrap();
+        ram.word(DIRECTORY).store(TABLE | ALL, Plain::SeqCst);
+        let read_only = TABLE | ALL & !2;
+        ram.word(OTHER_DIRECTORY).store(read_only, Plain::SeqCst);
+        let entries = OLD | ALL | (TABLE | ALL) << 32;
+        ram.word(TABLE).store(entries, Plain::SeqCst);
+        Arc::new(Machine { ram, mmu })
+    }
+
+    use std::sync::atomic::Ordering as Plain;
+
+    pub(super) struct Cpu {
+        machine: Arc<Machine>,
+        vcpu: Vcpu,
+        guest: GuestMode,
+    }
+
+    impl Cpu {
+        pub(super) fn new(machine: &Arc<Machine>, id: u32, is_other: bool) -> Self {
+            let cr3 = if is_other { OTHER_DIRECTORY } else { DIRECTORY };
+            let guest = GuestMode {
+                controls: GuestControls {
+                    cr0: Cr0::PE | Cr0::PG | Cr0::WP,
+                    cr4: Cr4::empty(),
+                    efer: Efer::empty(),
+                    physical_bits: 46,
+                    has_1g_pages: false,
+                    has_pse36: false,
+                },
+                root: GuestRoot {
+                    cr3,
+                    pdptes: [0; 4],
+                },
+                privilege: Privilege::default(),
+                is_user: false,
+            };
+            let vcpu = machine.mmu.create_vcpu(id);
+            let machine = Arc::clone(machine);
+            Self {
+                machine,
+                vcpu,
+                guest,
+            }
+        }
+
+        /// The guest address that an access reaches.
+        pub(super) fn access(&mut self, gva: u64, access: Access, then: impl Fn(u64)) -> u64 {
+            let mmu = Arc::clone(&self.machine.mmu);
+            let base = self.machine.ram.hva().get();
+            let hardware = GuestPaging::new(&GuestControls {
+                cr4: Cr4::PAE,
+                efer: Efer::LMA | Efer::NXE,
+                physical_bits: 51,
+                ..self.guest.controls
+            });
+            loop {
+                let pointer = mmu.load_shadow(&mut self.vcpu, &self.guest).unwrap();
+                if self.vcpu.gate().enter() != Entry::Ready {
+                    continue;
+                }
+                let root = GuestRoot {
+                    cr3: pointer.root.get(),
+                    pdptes: [0; 4],
+                };
+                let privilege = Privilege::default();
+                let at = Gva::new(gva);
+                let found = hardware.translate(&mut HostTables, &root, at, access, &privilege);
+                if let Ok(found) = &found {
+                    point();
+                    then(found.gpa.get());
+                }
+                self.vcpu.gate().exit();
+                let code: ErrorCode = match found {
+                    Ok(found) => return found.gpa.get() - base,
+                    Err(GuestError::PageFault(fault)) => fault.error_code,
+                    Err(GuestError::Memory { error, .. }) => match error {},
+                };
+                match mmu.handle_shadow_fault(&mut self.vcpu, &self.guest, at, code) {
+                    ShadowResult::Verdict(FaultResult::WriteProtected, gpa) => return gpa.get(),
+                    ShadowResult::Verdict(
+                        FaultResult::Fixed | FaultResult::Spurious | FaultResult::Retry,
+                        _,
+                    ) => thread::yield_now(),
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+
+        pub(super) fn read(&mut self) -> u64 {
+            self.access(PAGE_GVA, Access::empty(), |_| {})
+        }
+
+        /// Points the table's first entry at `NEW`, by its own mapping of itself.
+        pub(super) fn remap(&mut self) {
+            self.access(TABLE_GVA, Access::WRITE, |hva| {
+                // SAFETY: the table's address, in guest mode.
+                let entry = unsafe {
+                    &*std::ptr::with_exposed_provenance::<std::sync::atomic::AtomicU32>(
+                        hva as usize,
+                    )
+                };
+                entry.store((NEW | ALL) as u32, Plain::SeqCst);
+            });
+        }
+
+        /// CR3 is loaded.
+        pub(super) fn flush(&self) {
+            self.machine.mmu.sync_shadow();
+        }
+
+        /// KVM writes the entry for an instruction that it emulates.
+        pub(super) fn remap_emulated(&self) {
+            let entry = ((NEW | ALL) as u32).to_le_bytes();
+            let mmu = &self.machine.mmu;
+            mmu.write_guest(NORMAL, Gpa::new(TABLE), &entry).unwrap();
+        }
+    }
+}
+
+/// One vCPU edits an unsync table while another brings it up to date. After another flush the new
+/// entry is seen: a write that the first flush did not see has made the table unsync again.
+#[test]
+fn a_sync_races_with_a_guest_write() {
+    fn model() {
+        let machine = shadow::machine();
+        let mut writer = shadow::Cpu::new(&machine, 0, false);
+        let mut reader = shadow::Cpu::new(&machine, 1, false);
+        assert_eq!(reader.read(), shadow::OLD);
+        let other = thread::spawn(move || writer.remap());
+        for _ in 0..8 {
+            reader.flush();
+            thread::yield_now();
+        }
+        other.join().unwrap();
+        reader.flush();
+        assert_eq!(reader.read(), shadow::NEW);
+    }
+    check(model, &[Mutant::NoFlushWait]);
+}
+
+/// One vCPU makes a table unsync while another makes a second shadow page of it.
+#[test]
+fn an_unsync_races_with_a_fault() {
+    fn model() {
+        let machine = shadow::machine();
+        let mut writer = shadow::Cpu::new(&machine, 0, false);
+        let mut reader = shadow::Cpu::new(&machine, 1, true);
+        let other = thread::spawn(move || writer.remap());
+        reader.read();
+        other.join().unwrap();
+        reader.flush();
+        assert_eq!(reader.read(), shadow::NEW);
+    }
+    check(model, &[Mutant::NoTableProtection]);
+}
+
+/// The guest changes an entry, and everything is zapped, while another vCPU fills from it.
+#[test]
+fn a_zap_races_with_a_fill() {
+    fn model() {
+        let machine = shadow::machine();
+        let writer = shadow::Cpu::new(&machine, 0, false);
+        let mut reader = shadow::Cpu::new(&machine, 1, false);
+        let at = Arc::clone(&machine);
+        let other = thread::spawn(move || {
+            at.mmu.zap_all();
+            writer.remap_emulated();
+        });
+        reader.read();
+        other.join().unwrap();
+        reader.flush();
+        assert_eq!(reader.read(), shadow::NEW);
+        drop(reader);
+        machine.mmu.zap_all();
+        assert_eq!(machine.mmu.table_pages(), 0);
+    }
+    check(model, &[Mutant::NoSecondRead]);
+}

@@ -15,6 +15,7 @@ use crate::memslot::{Memslot, Memslots, Probed, UPDATE_IN_PROGRESS};
 use crate::mmio::MmioAccess;
 use crate::mmu::{Mmu, SlotsGuard};
 use crate::spte::{GENERATION_MASK, LeafAccess};
+use crate::sync::{Mutant, is_mutant, point};
 use crate::tdp::TablePage;
 use crate::vcpu::Vcpu;
 use arch::addr::{Gfn, Gpa, Gva};
@@ -165,6 +166,7 @@ impl Mmu {
         slot: &Memslot,
         fault: &Fault,
     ) -> FaultResult {
+        point();
         let sequence = self.invalidations.sequence();
         let Some(resolved) = self.resolve(slot, fault) else {
             vcpu.counters.host_missing.bump();
@@ -328,7 +330,9 @@ impl Mmu {
             if role.level > Level::PTE {
                 self.resync_frame(state, slots, role.space, gfn);
             }
-            self.protect_frame(state, role.space, gfn);
+            if !is_mutant(Mutant::NoTableProtection) {
+                self.protect_frame(state, role.space, gfn);
+            }
         }
         let made = self.make_page(state, vcpu, gfn, role);
         if made.is_none() && role.kind == Kind::Table {

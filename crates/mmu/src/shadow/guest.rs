@@ -7,6 +7,7 @@ use super::root::GuestMode;
 use crate::host::HostAccess;
 use crate::memslot::{AddressSpace, Memslots};
 use crate::mmu::Mmu;
+use crate::sync::{Mutant, is_mutant, point};
 use arch::addr::{Gfn, Gpa};
 use arch::page_fault::ErrorCode;
 use arch::paging::{
@@ -56,6 +57,7 @@ impl GuestMemory<'_> {
 
 /// Reads an entry at a host address that [`GuestMemory`] gave.
 fn load(hva: u64, bytes: u64) -> u64 {
+    point();
     // SAFETY: the page was shown to be there, its slot is kept by the caller's read section, and
     // entries are aligned. Guest memory is only reached through raw pointers and atomics.
     unsafe {
@@ -128,6 +130,9 @@ pub(super) struct Link {
 
 impl Link {
     pub(super) fn has_changed(&self, memory: &GuestMemory<'_>) -> bool {
+        if is_mutant(Mutant::NoSecondRead) {
+            return false;
+        }
         memory.entry(self.gpa, self.bytes) != Some(self.raw)
     }
 }
