@@ -12,6 +12,7 @@
 //! irqchip/  local APIC, I/O APIC, 8259, PIT, routing
 //! mailbox, timers, watch         how events reach a vCPU
 //! msrs, cpuid, clock, pv, regs   what software sees of the processor
+//! smm                            system management mode
 //! eventfd, coalesced             descriptors and rings in place of exits
 //! ```
 //!

@@ -9,12 +9,18 @@
 //!                                    └────────────── exits::handle ◀── gate ◀─────────┘
 //! ```
 
+mod counters;
+mod injection;
+mod requests;
+
+pub(crate) use counters::Counters;
+
 use crate::cpuid::{Dynamic, Table};
 use crate::error::{Result, fail};
-use crate::events::{self, Events, Injection};
+use crate::events::{self, Events};
 use crate::exits::{self, Outcome};
 use crate::irqchip::lapic::{self, Effect, Illegal, LocalApic};
-use crate::mailbox::{Kick, Mailbox, Request, Woken};
+use crate::mailbox::{Kick, Mailbox, Request};
 use crate::mmio::Emulation;
 use crate::msrs::{self, MsrState};
 use crate::port_io::PortIo;
@@ -22,14 +28,13 @@ use crate::pv::ParavirtualPages;
 use crate::run_area::RunArea;
 use crate::time::GuestTsc;
 use crate::vm::Vm;
-use arch::control_registers::{Cr0, Rflags};
+use arch::control_registers::Rflags;
 use arch::controls::{Eptp, Interruptibility, PinControls, PrimaryControls, SecondaryControls};
 use arch::cpuid::{Feature, Features};
-use arch::exit::{ExitReason, VmExit};
-use arch::interruption::InterruptionType;
+use arch::exit::VmExit;
 use arch::msr;
 use arch::segment::SegmentName;
-use cpu::{Controls, CpuState, Flush, Gpr};
+use cpu::{Controls, CpuState, Flush};
 use kvm_bindings::*;
 use mmu::Entry;
 use std::cell::Cell;
@@ -65,53 +70,6 @@ pub(crate) enum Completion {
     Hypercall,
     /// An RDMSR or WRMSR that user space decides.
     Msr { write: bool },
-}
-
-/// Counters of one vCPU, for the statistics descriptor.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Counters {
-    pub(crate) exits: u64,
-    pub(crate) io_exits: u64,
-    pub(crate) mmio_exits: u64,
-    pub(crate) halt_exits: u64,
-    pub(crate) halt_wakeups: u64,
-    pub(crate) irq_injections: u64,
-    pub(crate) nmi_injections: u64,
-    pub(crate) irq_window_exits: u64,
-    pub(crate) signal_exits: u64,
-    pub(crate) instructions_emulated: u64,
-    pub(crate) emulation_failures: u64,
-    pub(crate) hypercalls: u64,
-    pub(crate) tlb_flushes: u64,
-    pub(crate) page_faults: u64,
-    pub(crate) by_reason: ByReason,
-}
-
-/// Exits by basic exit reason.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct ByReason([u64; REASONS]);
-
-/// One more than the largest basic exit reason.
-const REASONS: usize = ExitReason::ALL[ExitReason::ALL.len() - 1] as usize + 1;
-
-impl Default for ByReason {
-    fn default() -> ByReason {
-        ByReason([0; REASONS])
-    }
-}
-
-impl ByReason {
-    fn count(&mut self, reason: ExitReason) {
-        self.0[reason as usize] += 1;
-    }
-
-    /// The reasons that occurred, with their numbers of exits.
-    pub(crate) fn named(&self) -> Vec<(&'static str, u64)> {
-        let counts = ExitReason::ALL
-            .iter()
-            .map(|reason| (reason.name(), self.0[*reason as usize]));
-        counts.filter(|(_, count)| *count != 0).collect()
-    }
 }
 
 /// What the thread in KVM_RUN owns.
@@ -521,28 +479,6 @@ impl Core {
         });
     }
 
-    /// Whether a maskable interrupt waits (whatever the guest allows).
-    pub(crate) fn interrupt_waits(&self, vcpu: &Vcpu) -> bool {
-        if self.events.interrupt.is_some() {
-            return true;
-        }
-        let Some(apic) = vcpu.apic() else {
-            return false;
-        };
-        apic.deliverable().is_some() || pic_interrupt(vcpu, apic)
-    }
-
-    fn take_interrupt(&mut self, vcpu: &Vcpu) -> Option<u8> {
-        if let Some(vector) = self.events.interrupt.take() {
-            return Some(vector);
-        }
-        let apic = vcpu.apic()?;
-        if pic_interrupt(vcpu, apic) {
-            return vcpu.vm().irqchip().map(|chip| chip.acknowledge_pic());
-        }
-        apic.acknowledge()
-    }
-
     fn run(&mut self, vcpu: &Vcpu) -> Result<()> {
         self.cpu.entered_from_user();
         if self.mp_state == MpState::Uninitialized {
@@ -622,14 +558,6 @@ impl Core {
         }
     }
 
-    /// Whether user space may inject an interrupt with KVM_INTERRUPT.
-    pub(crate) fn ready_for_interrupt(&self, vcpu: &Vcpu) -> bool {
-        vcpu.apic().is_none()
-            && self.events.interrupt.is_none()
-            && !self.events.any()
-            && events::interrupts_open(&self.cpu.state)
-    }
-
     /// One entry and its exit.
     fn enter(&mut self, vcpu: &Vcpu) -> Outcome {
         if !vcpu.mailbox().is_empty() {
@@ -701,287 +629,6 @@ impl Core {
                 false
             }
         }
-    }
-
-    /// An entry that did not happen leaves its event to be injected again.
-    fn give_back_injection(&mut self) {
-        let c = &mut self.controls;
-        let info = std::mem::take(&mut c.interruption_info);
-        if info.is_valid() {
-            self.events.again = Some(Injection {
-                info,
-                error_code: c.interruption_error_code,
-                instruction_length: c.instruction_length,
-            });
-            self.look_for_events = true;
-        }
-    }
-
-    /// An event whose delivery the exit cut short goes first at the next entry.
-    fn take_back_event(&mut self, exit: &VmExit) {
-        if exit.idt_vectoring_info.is_valid() {
-            self.events.cut_short(
-                exit.idt_vectoring_info,
-                exit.idt_vectoring_error_code,
-                exit.instruction_length,
-            );
-            if exit.idt_vectoring_info.kind() == InterruptionType::Nmi {
-                self.cpu.state.interruptibility -= Interruptibility::NMI;
-            }
-        } else if exit.entry_failure {
-            self.give_back_injection();
-        }
-    }
-
-    /// Chooses the event of the next entry, and which windows to wait for.
-    fn inject(&mut self, vcpu: &Vcpu) -> Outcome {
-        self.look_for_events = false;
-        let windows =
-            PrimaryControls::INTERRUPT_WINDOW_EXITING | PrimaryControls::NMI_WINDOW_EXITING;
-        self.controls.primary -= windows;
-        if self.events.triple_fault {
-            self.events.triple_fault = false;
-            return exits::shutdown(self, vcpu);
-        }
-        let mut injected = None;
-        if let Some(again) = self.events.again.take() {
-            if again.info.kind() == InterruptionType::Nmi {
-                self.cpu.state.interruptibility -= Interruptibility::NMI;
-            }
-            injected = Some(again);
-        } else if let Some(exception) = self.events.exception.take() {
-            let state = &mut self.cpu.state;
-            events::apply_payload(state, &exception);
-            if events::is_fault(exception.vector) {
-                state.set_rflags(state.rflags() | Rflags::RF.bits());
-            }
-            injected = Some(events::exception_injection(&exception));
-        }
-        if self.smi_waits() {
-            if injected.is_none() {
-                self.enter_smm(vcpu);
-                if self.events.triple_fault {
-                    return self.inject(vcpu);
-                }
-            } else {
-                // The event comes first; its entry ends before an instruction.
-                vcpu.mailbox().post_own(Request::EVENT);
-                vcpu.mailbox().kick();
-            }
-        }
-        if self.events.nmis != 0 {
-            if injected.is_none() && events::nmis_open(&self.cpu.state) {
-                self.events.nmis -= 1;
-                self.counters.nmi_injections += 1;
-                injected = Some(events::nmi_injection());
-            }
-            if self.events.nmis != 0 {
-                self.controls.primary |= PrimaryControls::NMI_WINDOW_EXITING;
-            }
-        }
-        if !self.debug.blocks_interrupts() && self.interrupt_waits(vcpu) {
-            if injected.is_none()
-                && events::interrupts_open(&self.cpu.state)
-                && let Some(vector) = self.take_interrupt(vcpu)
-            {
-                self.counters.irq_injections += 1;
-                injected = Some(events::interrupt_injection(vector));
-            }
-            if self.interrupt_waits(vcpu) {
-                self.controls.primary |= PrimaryControls::INTERRUPT_WINDOW_EXITING;
-            }
-        }
-        self.offer_eoi(vcpu);
-        self.update_steal_time(vcpu);
-        if vcpu.apic().is_none() && vcpu.kvm_run(self).request_interrupt_window != 0 {
-            self.controls.primary |= PrimaryControls::INTERRUPT_WINDOW_EXITING;
-            self.look_for_events = true;
-        }
-        if let Some(injection) = injected {
-            self.controls.interruption_info = injection.info;
-            self.controls.interruption_error_code = injection.error_code;
-            self.controls.instruction_length = injection.instruction_length;
-        }
-        Outcome::Resume
-    }
-
-    /// Does what the mailbox asks for.
-    fn requests(&mut self, vcpu: &Vcpu) -> Outcome {
-        let mailbox = vcpu.mailbox();
-        if mailbox.take(Request::VM_DEAD) {
-            return Outcome::Fail(libc::EIO);
-        }
-        if mailbox.take(Request::EVENT | Request::TIMER) {
-            self.look_for_events = true;
-        }
-        if mailbox.take(Request::NMI) {
-            self.events.nmis = (self.events.nmis + mailbox.take_nmis()).min(2);
-            self.look_for_events = true;
-        }
-        if mailbox.take(Request::CLOCK_UPDATE) {
-            self.update_clock_page(vcpu);
-        }
-        if mailbox.take(Request::STEAL_UPDATE) {
-            self.update_steal_time(vcpu);
-        }
-        if mailbox.take(Request::TLB_FLUSH) {
-            self.flush_guest_translations(vcpu);
-        }
-        if mailbox.take(Request::TRIPLE_FAULT) {
-            self.events.triple_fault = true;
-        }
-        if mailbox.take(Request::SMI) {
-            self.smm.pending = true;
-            self.look_for_events = true;
-        }
-        mailbox.take(Request::SCAN_IOAPIC | Request::MMU_RELOAD | Request::TRAPS_CHANGED);
-        if mailbox.take(Request::MSR_FILTER) {
-            self.update_msr_bitmap(vcpu.vm());
-        }
-        mailbox.take(Request::YIELD);
-        if mailbox.take(Request::UNHALT) {
-            self.kicked = true;
-        }
-        self.start_up_requests(vcpu);
-        if mailbox.take(Request::INTERRUPT_RUN) || self.signal_pending(vcpu) {
-            return Outcome::Interrupted;
-        }
-        Outcome::Resume
-    }
-
-    /// INIT and start-up IPIs.
-    fn start_up_requests(&mut self, vcpu: &Vcpu) {
-        let mailbox = vcpu.mailbox();
-        let init = mailbox.take(Request::INIT);
-        if init && self.cpu.state.smm {
-            self.smm.latched_init = true;
-        } else if init {
-            self.init(vcpu);
-            let waits = !vcpu.vm().is_bootstrap(vcpu.id());
-            self.mp_state = if waits {
-                MpState::InitReceived
-            } else {
-                MpState::Runnable
-            };
-        }
-        if mailbox.take(Request::SIPI) && self.mp_state == MpState::InitReceived {
-            self.sipi_vector = mailbox.sipi_vector();
-            let code = &mut self.cpu.state.segments[SegmentName::Cs as usize];
-            code.selector = (self.sipi_vector as u16) << 8;
-            code.base = (self.sipi_vector as u64) << 12;
-            self.cpu.state.rip = 0;
-            self.mp_state = MpState::Runnable;
-        }
-    }
-
-    /// The state after INIT (SDM volume 3, "Processor State After Reset"): that of a reset, but
-    /// caches, extended state, the counter and most MSRs keep theirs.
-    fn init(&mut self, vcpu: &Vcpu) {
-        let old = &self.cpu.state;
-        let mut state = CpuState::reset();
-        state.extended = old.extended.clone();
-        state.xcr0 = old.xcr0;
-        state.pkru = old.pkru;
-        state.msrs = old.msrs;
-        state.smbase = old.smbase;
-        state.cr0 = Cr0::ET | old.cr0 & (Cr0::CD | Cr0::NW);
-        let version = self.cpuid.output(1, 0).0[0];
-        state.set_gpr(Gpr::Rdx, if version == 0 { 0x600 } else { version as u64 });
-        self.cpu.state = state;
-        self.events = Events::default();
-        self.completion = None;
-        self.emulation = Emulation::default();
-        self.kicked = false;
-        self.reset_paravirtual();
-        if let Some(apic) = vcpu.apic() {
-            apic.reset(false);
-        }
-        self.cpu.flush(Flush::Guest);
-    }
-
-    /// Whether a vCPU that does not run has a reason to.
-    fn has_work(&self, vcpu: &Vcpu) -> bool {
-        let interrupted = || {
-            !self.debug.blocks_interrupts()
-                && events::interrupts_open(&self.cpu.state)
-                && self.interrupt_waits(vcpu)
-        };
-        let nmi = self.events.nmis != 0 && events::nmis_open(&self.cpu.state);
-        match self.mp_state {
-            MpState::Runnable => true,
-            MpState::Halted => {
-                nmi || self.kicked
-                    || self.smi_waits()
-                    || interrupted()
-                    || self.events.exception.is_some()
-                    || self.events.again.is_some()
-                    || self.events.triple_fault
-            }
-            MpState::Uninitialized | MpState::InitReceived => false,
-        }
-    }
-
-    /// Sleeps until there is a reason to run or to leave.
-    fn block(&mut self, vcpu: &Vcpu) -> Outcome {
-        /// Longest sleep without another look, in nanoseconds; shorter when blocked signals must
-        /// be looked for.
-        const LONG: u64 = 1_000_000_000;
-        const SHORT: u64 = 1_000_000;
-        loop {
-            let outcome = self.requests(vcpu);
-            if outcome != Outcome::Resume {
-                return outcome;
-            }
-            if self.has_work(vcpu) {
-                if self.mp_state == MpState::Halted {
-                    self.mp_state = MpState::Runnable;
-                    self.kicked = false;
-                    self.counters.halt_wakeups += 1;
-                }
-                self.look_for_events = true;
-                return Outcome::Resume;
-            }
-            let mailbox = vcpu.mailbox();
-            let timeout = if self.signal_mask.is_some() {
-                SHORT
-            } else {
-                LONG
-            };
-            self.mark_not_running(vcpu);
-            let woken = mailbox.sleep(
-                || !mailbox.is_empty() || vcpu.run_area().immediate_exit(),
-                timeout,
-            );
-            self.mark_running(vcpu);
-            if woken == Woken::Signal
-                || vcpu.run_area().immediate_exit()
-                || self.signal_pending(vcpu)
-            {
-                return Outcome::Interrupted;
-            }
-        }
-    }
-
-    /// HLT was executed.
-    pub(crate) fn halt(&mut self, vcpu: &Vcpu) -> Outcome {
-        self.counters.halt_exits += 1;
-        if vcpu.apic().is_some() {
-            self.mp_state = MpState::Halted;
-            return Outcome::Resume;
-        }
-        vcpu.kvm_run(self).exit_reason = KVM_EXIT_HLT;
-        Outcome::Exit
-    }
-
-    /// A signal waits that KVM_SET_SIGNAL_MASK lets through, or user space asked to leave.
-    fn signal_pending(&self, vcpu: &Vcpu) -> bool {
-        if vcpu.run_area().immediate_exit() {
-            return true;
-        }
-        let Some(mask) = self.signal_mask else {
-            return false;
-        };
-        pending_signals() & !mask != 0
     }
 
     /// What user space finds in `kvm_run` after any exit.
@@ -1076,39 +723,4 @@ impl Core {
         self.cpuid = table;
         self.cpu.set_features(self.features, bits);
     }
-}
-
-impl Counters {
-    /// The counters with their names.
-    pub(crate) fn named(&self) -> Vec<(&'static str, u64)> {
-        vec![
-            ("exits", self.exits),
-            ("io_exits", self.io_exits),
-            ("mmio_exits", self.mmio_exits),
-            ("halt_exits", self.halt_exits),
-            ("halt_wakeup", self.halt_wakeups),
-            ("irq_injections", self.irq_injections),
-            ("nmi_injections", self.nmi_injections),
-            ("irq_window_exits", self.irq_window_exits),
-            ("signal_exits", self.signal_exits),
-            ("insn_emulation", self.instructions_emulated),
-            ("insn_emulation_fail", self.emulation_failures),
-            ("hypercalls", self.hypercalls),
-            ("tlb_flush", self.tlb_flushes),
-            ("pf_taken", self.page_faults),
-        ]
-    }
-}
-
-/// Whether the 8259 pair interrupts this processor.
-fn pic_interrupt(vcpu: &Vcpu, apic: &LocalApic) -> bool {
-    vcpu.vm().irqchip().is_some_and(|chip| chip.pic_output()) && apic.accepts_pic()
-}
-
-/// The calling thread's pending blocked signals, bit n-1 for signal n.
-fn pending_signals() -> u64 {
-    let mut set = 0u64;
-    // SAFETY: the kernel writes eight bytes, the size of its signal set.
-    unsafe { libc::syscall(libc::SYS_rt_sigpending, &raw mut set, 8) };
-    set
 }
