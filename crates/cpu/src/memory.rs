@@ -543,11 +543,18 @@ impl Vcpu {
         let privilege = self.privilege();
         let paging = self.paging;
         let root = self.guest_root();
+        // As below for the second stage: in host-owned tables that is one right with the guest's.
+        let is_decided = self.observer.is_some() && self.controls().shadow_root.levels != 0;
+        let walked = if is_decided {
+            access - Access::FETCH
+        } else {
+            access
+        };
         let translated = paging.translate(
             &mut self.second_stage,
             &root,
             Gva::new(gva),
-            access,
+            walked,
             &privilege,
         );
         let translation = match translated {

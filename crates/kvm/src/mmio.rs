@@ -155,10 +155,11 @@ pub(crate) fn step(core: &mut Core, vcpu: &Vcpu, observer: &mut dyn cpu::Observe
 }
 
 /// Emulates with the answers there are, until the instruction is done or needs user space.
-fn advance(core: &mut Core, vcpu: &Vcpu, mut observer: Option<&mut dyn cpu::Observer>) -> Outcome {
+fn advance(core: &mut Core, vcpu: &Vcpu, observer: Option<&mut dyn cpu::Observer>) -> Outcome {
     /// An instruction touches few pages; more faults than this in a row are a livelock with
     /// something that keeps unmapping, and the guest may as well start over.
     const FAULTS: usize = 64;
+    let mut observer = observer.map(exits::shadow::OneAttempt::new);
     for _ in 0..FAULTS {
         match core.load(vcpu) {
             Ok(eptp) => core.controls.eptp = eptp,
@@ -183,7 +184,10 @@ fn advance(core: &mut Core, vcpu: &Vcpu, mut observer: Option<&mut dyn cpu::Obse
             core.cpu.add_hint(hint);
         }
         let result = match &mut observer {
-            Some(observer) => core.cpu.step(&core.controls, &mut bus, &mut **observer),
+            Some(observer) => {
+                observer.begin();
+                core.cpu.step(&core.controls, &mut bus, observer)
+            }
             None => core
                 .cpu
                 .emulate(&core.controls, core.emulation.hint(), &mut bus),

@@ -262,6 +262,58 @@ pub(super) fn host_fault(_core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcom
     Outcome::Resume
 }
 
+/// An observer of one instruction that hears of it once, however often shadow faults make it start
+/// over: the accesses of the last attempt are told when this is dropped.
+pub(crate) struct OneAttempt<'a> {
+    observer: &'a mut dyn cpu::Observer,
+    is_told: bool,
+    accesses: Vec<(u64, Vec<u8>, bool)>,
+    branch: Option<(u64, u64)>,
+}
+
+impl<'a> OneAttempt<'a> {
+    pub(crate) fn new(observer: &'a mut dyn cpu::Observer) -> Self {
+        Self {
+            observer,
+            is_told: false,
+            accesses: Vec::new(),
+            branch: None,
+        }
+    }
+
+    /// The instruction begins, or begins again.
+    pub(crate) fn begin(&mut self) {
+        self.accesses.clear();
+    }
+}
+
+impl cpu::Observer for OneAttempt<'_> {
+    fn instruction(&mut self, state: &cpu::CpuState, bytes: &[u8]) {
+        if !std::mem::replace(&mut self.is_told, true) {
+            self.observer.instruction(state, bytes);
+        }
+    }
+
+    fn memory(&mut self, gva: u64, data: &[u8], write: bool) {
+        self.accesses.push((gva, data.to_vec(), write));
+    }
+
+    fn branch(&mut self, from: u64, to: u64) {
+        self.branch = Some((from, to));
+    }
+}
+
+impl Drop for OneAttempt<'_> {
+    fn drop(&mut self) {
+        for (gva, data, write) in &self.accesses {
+            self.observer.memory(*gva, data, *write);
+        }
+        if let Some((from, to)) = self.branch {
+            self.observer.branch(from, to);
+        }
+    }
+}
+
 /// MMIO while an event was being delivered.
 #[cold]
 fn delivery_failed(core: &mut Core, vcpu: &Vcpu, exit: &VmExit, gpa: Gpa) -> Outcome {
