@@ -27,6 +27,10 @@ pub(crate) const MAX_VCPU_ID: u32 = 1024;
 /// One more than the highest slot number.
 pub(crate) const MAX_SLOTS: u16 = 32764;
 
+/// The greatest number of table pages of a VM without EPT: 128 MiB. Shadow tables grow with the
+/// guest's, not with its memory.
+const SHADOW_PAGES: usize = 1 << 15;
+
 /// The mailboxes of a VM's vCPUs by ID: how the MMU reaches processors.
 #[derive(Default)]
 pub(crate) struct Processors {
@@ -156,6 +160,11 @@ impl Vm {
         let config = mmu::Config {
             physical_bits: crate::cpuid::max_physical_bits() as u32,
             shadow: !options.ept,
+            max_table_pages: if options.ept {
+                usize::MAX
+            } else {
+                SHADOW_PAGES
+            },
             ..mmu::Config::default()
         };
         let mmu = Mmu::new(config, processors.clone()).map_err(|error| {

@@ -460,7 +460,7 @@ fn edit(seed: u64, steps: u32, vcpus: u32, config: Config) {
                     _ => PAGE + random.below(64) * PAGE_SIZE,
                 };
                 let flags = [7, 7, 0x67, 5, 3, 1, 0, 0x27][random.below(8) as usize];
-                let gva = IDENTITY | table(n) + 8 * random.below(4);
+                let gva = IDENTITY | (table(n) + 8 * random.below(4));
                 let outcome = cpu.store(gva, target | flags);
                 assert_eq!(outcome, Outcome::Memory(gva & !IDENTITY), "step {step}");
                 // Proper invalidation on every processor.
@@ -632,7 +632,7 @@ fn the_dirty_log_sees_writes_of_guest_and_walker() {
     cpu.access(0x10, Access::WRITE);
     assert_eq!(take(), [PAGE >> 12]);
     cpu.access(0x10, Access::WRITE);
-    cpu.store(IDENTITY | table(3) + 8, PAGE + PAGE_SIZE | 7);
+    cpu.store(IDENTITY | (table(3) + 8), (PAGE + PAGE_SIZE) | 7);
     assert_eq!(take(), [table(3) >> 12, PAGE >> 12]);
     // The walk sets accessed and dirty bits in the new entry.
     cpu.access(0x1000, Access::WRITE);
@@ -671,6 +671,6 @@ fn deleting_the_slot_of_the_tables_leaves_nothing() {
         cpu.access(IDENTITY | PAGE, Access::WRITE),
         Outcome::Memory(PAGE)
     );
-    let written = cpu.store(IDENTITY | ROOT + 0x100, 0);
+    let written = cpu.store(IDENTITY | (ROOT + 0x100), 0);
     assert_eq!((written, cpu.emulated), (Outcome::Memory(ROOT + 0x100), 1));
 }
