@@ -39,6 +39,13 @@
 //!     ExecuteTrap, FetchFromHole,                     // to user space
 //!     Invalid, Error(FaultError) }                    // a reserved pattern that is not ours; EFAULT and friends
 //!
+//! // without EPT (Config::shadow): instead of load and handle_page_fault
+//! mmu.load_shadow(&mut vcpu, &GuestMode { controls, root, privilege, is_user }) -> Result<ShadowPointer, OutOfTables>
+//! mmu.handle_shadow_fault(&mut vcpu, &GuestMode, gva, ErrorCode) -> ShadowResult::{Guest(ErrorCode), Verdict(FaultResult, Gpa)}
+//! mmu.sync_shadow()                                   // CR3 load, INVPCID, CR0/CR4 change: before the guest runs on
+//! mmu.invalidate_linear(&mut vcpu, gva) -> bool       // INVLPG; true: drop the whole TLB
+//! mmu.unprotect_shadow(space, gfn)                    // for a write to a table that cannot be emulated
+//!
 //! // memslots (flags and slot numbers as in kvm_userspace_memory_region)
 //! mmu.set_memory_region(&MemoryRegion { space, number, flags, base, size, hva }) -> Result<(), SlotError>
 //! mmu.slots() -> SlotsGuard                           // a consistent snapshot; `.find(space, gfn)`
