@@ -578,7 +578,11 @@ impl Vcpu {
         let mapped = match self.second_stage.translate(gpa, stage) {
             Ok(mapped) => mapped,
             Err(outcome) => {
-                if self.bus.is_some() && !access.contains(Access::FETCH) && outcome.redirectable() {
+                if self.bus.is_some()
+                    && !access.contains(Access::FETCH)
+                    && outcome.redirectable()
+                    && !self.second_stage.pml_full
+                {
                     return Ok(Place::Bus { gpa });
                 }
                 return Err(self.second_stage_exit(outcome, gva, access, true));
@@ -645,6 +649,14 @@ impl Vcpu {
         access: Access,
         is_final: bool,
     ) -> Stop {
+        if std::mem::take(&mut self.second_stage.pml_full) {
+            // The access was not made: it comes again when the log has been emptied.
+            let mut exit = VmExit::new(ExitReason::PmlFull);
+            if self.unblocking_nmi {
+                exit.qualification = EptViolation::NMI_UNBLOCKING.bits();
+            }
+            return self.stop_with(Cause::Exit(exit));
+        }
         let mut exit = VmExit::new(ExitReason::EptViolation);
         exit.guest_physical_address = outcome.gpa;
         exit.guest_linear_address = gva;

@@ -88,6 +88,33 @@ fn modifications_are_logged_and_a_full_log_exits() {
         1,
         "{log:x?}"
     );
+
+    // More pages than the log holds: it exits with the log full, and goes on once it is empty.
+    let pages = 600u64;
+    let far = crate::guest::Memory::new(4096 * pages as usize);
+    guest.ept.map(0x80_0000, &far, EPT_RWX);
+    guest.load(&assemble(64, CODE, |a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again).unwrap();
+        a.mov(qword_ptr(rcx), rax).unwrap();
+        a.add(rcx, 4096).unwrap();
+        a.dec(edx).unwrap();
+        a.jnz(again).unwrap();
+        a.hlt().unwrap();
+    }));
+    guest.vcpu.state.regs[1] = 0x80_0000;
+    guest.vcpu.state.regs[2] = pages;
+    guest.run_to(ExitReason::PmlFull);
+    assert_eq!(guest.vcpu.state.rip, CODE, "the write has not been made");
+    let first = guest.vcpu.take_page_modification_log();
+    guest.run_to_halt();
+    let second = guest.vcpu.take_page_modification_log();
+    let logged = first
+        .iter()
+        .chain(&second)
+        .filter(|gpa| **gpa >= 0x80_0000)
+        .count();
+    assert_eq!(logged as u64, pages, "each page once");
 }
 
 #[test]
