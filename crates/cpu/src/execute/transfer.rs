@@ -42,6 +42,17 @@ impl Vcpu {
         self.raise_code(exception, u32::from(selector & !3))
     }
 
+    /// Pushes the far return address of a CALL; RSP is as it was if the second push faults.
+    fn push_far_return(&mut self, cs: u16, next: u64, size: u8) -> Result<(), Stop> {
+        let before = self.state.gpr(Gpr::Rsp);
+        self.push_sized(cs.into(), size)?;
+        if let Err(stop) = self.push_sized(next, size) {
+            self.state.set_gpr(Gpr::Rsp, before);
+            return Err(stop);
+        }
+        Ok(())
+    }
+
     /// Commits a transfer to `offset` in code segment `cs`.
     fn enter_code(&mut self, cs: Segment, offset: u64) {
         self.state.segments[CS] = cs;
@@ -78,12 +89,7 @@ impl Vcpu {
                 return Err(self.general_protection());
             }
             if let Some(size) = push {
-                let before = self.state.gpr(Gpr::Rsp);
-                self.push_sized(old_cs.into(), size)?;
-                if let Err(stop) = self.push_sized(next, size) {
-                    self.state.set_gpr(Gpr::Rsp, before);
-                    return Err(stop);
-                }
+                self.push_far_return(old_cs, next, size)?;
             }
             let mut cs = self.state.segments[CS];
             cs.selector = selector;
@@ -104,12 +110,7 @@ impl Vcpu {
         let cpl = self.cpl();
         cs.selector = selector & !3 | u16::from(cpl);
         if let Some(size) = push {
-            let before = self.state.gpr(Gpr::Rsp);
-            self.push_sized(old_cs.into(), size)?;
-            if let Err(stop) = self.push_sized(next, size) {
-                self.state.set_gpr(Gpr::Rsp, before);
-                return Err(stop);
-            }
+            self.push_far_return(old_cs, next, size)?;
         }
         self.mark_accessed(selector, &mut cs)?;
         self.enter_code(cs, offset);
@@ -218,14 +219,9 @@ impl Vcpu {
         let level = if inner { access.dpl() } else { cpl };
         cs.selector = selector & !3 | u16::from(level);
         if inner {
-            self.call_inner(&cs, level, size, gate.gate_parameters(), next)?;
+            self.call_inner(level, size, gate.gate_parameters(), next)?;
         } else if call {
-            let before = self.state.gpr(Gpr::Rsp);
-            self.push_sized(old_cs.into(), size)?;
-            if let Err(stop) = self.push_sized(next, size) {
-                self.state.set_gpr(Gpr::Rsp, before);
-                return Err(stop);
-            }
+            self.push_far_return(old_cs, next, size)?;
         }
         self.mark_accessed(selector, &mut cs)?;
         self.enter_code(cs, offset);
@@ -233,14 +229,7 @@ impl Vcpu {
     }
 
     /// Switches to the stack of an inner level and pushes the frame of a call through a gate.
-    fn call_inner(
-        &mut self,
-        _cs: &Segment,
-        level: u8,
-        size: u8,
-        parameters: u8,
-        next: u64,
-    ) -> Result<(), Stop> {
+    fn call_inner(&mut self, level: u8, size: u8, parameters: u8, next: u64) -> Result<(), Stop> {
         let old_ss = self.state.segments[SS].selector;
         let old_rsp = self.state.gpr(Gpr::Rsp);
         let old_cs = self.state.segments[CS].selector;
