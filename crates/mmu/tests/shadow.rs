@@ -121,7 +121,9 @@ impl Cpu {
             self.vcpu.gate().exit();
             let code = match found {
                 Ok(found) => {
-                    return Outcome::Memory(found.gpa.get() - self.ram.hva().get());
+                    // Other slots' memory may lie below: a distance modulo 2^64.
+                    let distance = found.gpa.get().wrapping_sub(self.ram.hva().get());
+                    return Outcome::Memory(distance);
                 }
                 Err(GuestError::PageFault(fault)) => fault.error_code,
                 Err(GuestError::Memory { error, .. }) => match error {},
@@ -605,8 +607,8 @@ fn mmio_entries_age_with_the_slots() {
     let more = Ram::new(2 << 20);
     mmu.set_memory_region(&region(1, 0x4000_0000, 2 << 20, more.hva()))
         .unwrap();
-    let hva = more.hva().get() + 8 - ram.hva().get();
-    assert_eq!(cpu.access(8, Access::WRITE), Outcome::Memory(hva));
+    let distance = (more.hva().get() + 8).wrapping_sub(ram.hva().get());
+    assert_eq!(cpu.access(8, Access::WRITE), Outcome::Memory(distance));
 }
 
 #[test]
