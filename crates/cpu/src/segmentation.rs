@@ -414,12 +414,7 @@ impl Vcpu {
         offset: u64,
         bytes: &mut [u8],
     ) -> Result<(), Stop> {
-        let effective = self.effective(op).wrapping_add(offset);
-        let gva = if op.flags & flag::LEGACY != 0 {
-            self.linear_legacy(op, effective, bytes.len() as u64, false)?
-        } else {
-            effective.wrapping_add(self.state.segment_bases[op.segment as usize])
-        };
+        let gva = self.address_at(op, offset, bytes.len() as u64, false)?;
         self.read_bytes(gva, op.segment, bytes)
     }
 

@@ -13,7 +13,7 @@ use arch::control_registers::Rflags;
 use arch::controls::{Activity, Interruptibility, PinControls, PrimaryControls, SecondaryControls};
 use arch::exit::{ExitReason, VmExit};
 use arch::interruption::InterruptionType;
-use arch::paging::{Access, GuestError, GuestPaging, Privilege};
+use arch::paging::{Access, Privilege, Rights, Translation};
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 
@@ -266,29 +266,12 @@ impl Vcpu {
             if cpu.long_mode && !cpu.is_canonical(gva) {
                 return None;
             }
-            let root = cpu.guest_root();
-            let paging: GuestPaging = cpu.paging;
-            // With EFLAGS.AC assumed, SMAP forbids nothing.
-            let privilege = Privilege {
-                alignment_check: true,
-                ..Privilege::default()
-            };
-            let access = Access::empty();
-            let found = paging.translate(
-                &mut cpu.second_stage,
-                &root,
-                Gva::new(gva),
-                access,
-                &privilege,
-            );
-            match found {
-                Ok(t) => Some(Translated {
-                    gpa: t.gpa.get(),
-                    writable: t.rights.contains(arch::paging::Rights::WRITABLE),
-                    user: t.rights.contains(arch::paging::Rights::USER),
-                }),
-                Err(GuestError::PageFault(_) | GuestError::Memory { .. }) => None,
-            }
+            let found = cpu.translate_quietly(gva)?;
+            Some(Translated {
+                gpa: found.gpa.get(),
+                writable: found.rights.contains(Rights::WRITABLE),
+                user: found.rights.contains(Rights::USER),
+            })
         })
     }
 
@@ -324,10 +307,13 @@ impl Vcpu {
                 let at = gva.wrapping_add(read as u64);
                 let part = (bytes.len() - read).min(0x1000 - (at & 0xfff) as usize);
                 let to = &mut bytes[read..read + part];
-                let Some(gpa) = cpu.translate_quietly(at) else {
+                let Some(found) = cpu.translate_quietly(at) else {
                     break;
                 };
-                let Ok(mapped) = cpu.second_stage.translate(gpa, StageAccess::Read) else {
+                let Ok(mapped) = cpu
+                    .second_stage
+                    .translate(found.gpa.get(), StageAccess::Read)
+                else {
                     break;
                 };
                 // SAFETY: the second stage maps nothing but memory given to the guest.
@@ -340,22 +326,18 @@ impl Vcpu {
         })
     }
 
-    fn translate_quietly(&mut self, gva: u64) -> Option<u64> {
+    /// A supervisor read's walk of the guest's tables, whose failure concerns nobody.
+    fn translate_quietly(&mut self, gva: u64) -> Option<Translation> {
         let root = self.guest_root();
         let paging = self.paging;
+        // With EFLAGS.AC assumed, SMAP forbids nothing.
         let privilege = Privilege {
             alignment_check: true,
             ..Privilege::default()
         };
+        let (gva, access) = (Gva::new(gva), Access::empty());
         paging
-            .translate(
-                &mut self.second_stage,
-                &root,
-                Gva::new(gva),
-                Access::empty(),
-                &privilege,
-            )
+            .translate(&mut self.second_stage, &root, gva, access, &privilege)
             .ok()
-            .map(|t| t.gpa.get())
     }
 }

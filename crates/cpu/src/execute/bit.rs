@@ -60,13 +60,8 @@ pub(crate) fn test_reg<T: Int>(cpu: &mut Vcpu, op: &Op) -> Flow {
         return test_in_operand::<T>(cpu, op, offset);
     }
     let word = (offset as i64 >> T::BITS.trailing_zeros()) * T::SIZE as i64;
-    let effective = cpu.effective(op).wrapping_add_signed(word);
     let write = op.aux != action::TEST;
-    let address = if op.flags & flag::LEGACY != 0 {
-        attempt!(cpu.linear_legacy(op, effective, T::SIZE as u64, write))
-    } else {
-        effective.wrapping_add(cpu.state.segment_bases[op.segment as usize])
-    };
+    let address = attempt!(cpu.address_at(op, word as u64, T::SIZE as u64, write));
     let mask = 1u64 << (offset & u64::from(T::BITS - 1));
     let old: u64 = if write {
         let lock = op.flags & flag::LOCK != 0;

@@ -173,19 +173,11 @@ pub(crate) fn ret_legacy(cpu: &mut Vcpu, op: &Op) -> Flow {
 impl Vcpu {
     /// rCX by address size: 2, 4 or 8 bytes.
     pub(crate) fn counter(&self, size: u8) -> u64 {
-        match size {
-            2 => self.reg::<u16>(RCX).into(),
-            4 => self.reg::<u32>(RCX).into(),
-            _ => self.reg::<u64>(RCX),
-        }
+        self.sized_reg(RCX, size)
     }
 
     pub(crate) fn set_counter(&mut self, size: u8, value: u64) {
-        match size {
-            2 => self.set_reg(RCX, value as u16),
-            4 => self.set_reg(RCX, value as u32),
-            _ => self.set_reg(RCX, value),
-        }
+        self.set_sized_reg(RCX, size, value);
     }
 
     fn relative(&mut self, op: &Op, taken: bool) -> Flow {

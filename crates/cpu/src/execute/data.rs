@@ -163,12 +163,7 @@ pub(crate) fn setcc<const C: u8>(cpu: &mut Vcpu, op: &Op) -> Flow {
 /// XLAT.
 pub(crate) fn xlat(cpu: &mut Vcpu, op: &Op) -> Flow {
     let index = u64::from(cpu.reg::<u8>(0));
-    let effective = cpu.effective(op).wrapping_add(index);
-    let address = if op.flags & flag::LEGACY != 0 {
-        attempt!(cpu.linear_legacy(op, effective, 1, false))
-    } else {
-        effective.wrapping_add(cpu.state.segment_bases[op.segment as usize])
-    };
+    let address = attempt!(cpu.address_at(op, index, 1, false));
     let value = attempt!(cpu.read::<u8>(address, op.segment));
     cpu.set_reg(0, value);
     Flow::Next

@@ -2,6 +2,7 @@
 
 use super::attempt;
 use crate::op::{Flow, Op, Stop, flag};
+use crate::state::Gpr;
 use crate::vcpu::{Cause, Vcpu};
 use arch::controls::PrimaryControls;
 use arch::exit::{ExitReason, IoAccess, VmExit, string_io_info};
@@ -75,16 +76,8 @@ pub(crate) fn string_io(cpu: &mut Vcpu, op: &Op) -> Flow {
     }
     let port = cpu.reg::<u16>(16);
     attempt!(cpu.check_io(port, op.aux));
-    let register = if input {
-        crate::state::Gpr::Rdi
-    } else {
-        crate::state::Gpr::Rsi
-    };
-    let offset = match op.aux2 {
-        2 => cpu.state.gpr(register) & 0xffff,
-        4 => cpu.state.gpr(register) & 0xffff_ffff,
-        _ => cpu.state.gpr(register),
-    };
+    let register = 8 * if input { Gpr::Rdi } else { Gpr::Rsi } as u8;
+    let offset = cpu.sized_reg(register, op.aux2);
     let segment = if input { 0 } else { op.segment };
     let linear = attempt!(cpu.linear(segment, offset, op.aux.into(), input));
     if cpu.io_exits(port, op.aux) {
@@ -111,11 +104,7 @@ pub(crate) fn string_io(cpu: &mut Vcpu, op: &Op) -> Flow {
     } else {
         offset.wrapping_add(step)
     };
-    match op.aux2 {
-        2 => cpu.set_reg(8 * register as u8, moved as u16),
-        4 => cpu.set_reg(8 * register as u8, moved as u32),
-        _ => cpu.set_reg(8 * register as u8, moved),
-    }
+    cpu.set_sized_reg(register, op.aux2, moved);
     if rep {
         let left = cpu.counter(op.aux2) - 1;
         cpu.set_counter(op.aux2, left);

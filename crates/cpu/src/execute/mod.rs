@@ -91,6 +91,24 @@ impl Vcpu {
         }
     }
 
+    /// A general-purpose register by address size: 2, 4 or 8 bytes.
+    pub(crate) fn sized_reg(&self, offset: u8, size: u8) -> u64 {
+        match size {
+            2 => self.reg::<u16>(offset).into(),
+            4 => self.reg::<u32>(offset).into(),
+            _ => self.reg::<u64>(offset),
+        }
+    }
+
+    /// Sets a general-purpose register by address size.
+    pub(crate) fn set_sized_reg(&mut self, offset: u8, size: u8, value: u64) {
+        match size {
+            2 => self.set_reg(offset, value as u16),
+            4 => self.set_reg(offset, value as u32),
+            _ => self.set_reg(offset, value),
+        }
+    }
+
     /// The effective address of the memory operand, before segmentation and truncation.
     #[inline(always)]
     pub(crate) fn effective(&self, op: &Op) -> u64 {
@@ -110,7 +128,19 @@ impl Vcpu {
     /// The linear address of the memory operand of `size` bytes.
     #[inline(always)]
     pub(crate) fn address(&mut self, op: &Op, size: u64, write: bool) -> Result<u64, Stop> {
-        let effective = self.effective(op);
+        self.address_at(op, 0, size, write)
+    }
+
+    /// The linear address of `size` bytes at `offset` from the start of the memory operand.
+    #[inline(always)]
+    pub(crate) fn address_at(
+        &mut self,
+        op: &Op,
+        offset: u64,
+        size: u64,
+        write: bool,
+    ) -> Result<u64, Stop> {
+        let effective = self.effective(op).wrapping_add(offset);
         if op.flags & flag::LEGACY == 0 {
             let bases = &self.state.segment_bases;
             debug_assert!((op.segment as usize) < bases.len());

@@ -375,21 +375,12 @@ pub(crate) fn rsm(cpu: &mut Vcpu, op: &Op) -> Flow {
 
 /// CLZERO: clears the cache line that rAX names.
 pub(crate) fn clzero(cpu: &mut Vcpu, op: &Op) -> Flow {
-    let offset = cpu.counter_like(0, op.aux2) & !63;
+    let offset = cpu.sized_reg(0, op.aux2) & !63;
     let address = attempt!(cpu.linear(DATA, offset, 64, true));
     cpu.write_bytes(address, DATA, &[0; 64]).into()
 }
 
 impl Vcpu {
-    /// A register by address size.
-    fn counter_like(&self, register: u8, size: u8) -> u64 {
-        match size {
-            2 => self.reg::<u16>(register).into(),
-            4 => self.reg::<u32>(register).into(),
-            _ => self.reg::<u64>(register),
-        }
-    }
-
     /// The preemption timer's remaining value, in its own units.
     pub fn preemption_timer_value(&self) -> Option<u32> {
         let deadline = self.preemption_deadline?;

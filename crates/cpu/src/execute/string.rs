@@ -22,26 +22,9 @@ const ES: u8 = 0;
 const BATCH: u32 = 4096;
 
 impl Vcpu {
-    /// RSI or RDI at the address size (2, 4 or 8 bytes).
-    fn pointer(&self, register: u8, size: u8) -> u64 {
-        match size {
-            2 => self.reg::<u16>(register).into(),
-            4 => self.reg::<u32>(register).into(),
-            _ => self.reg::<u64>(register),
-        }
-    }
-
-    fn set_pointer(&mut self, register: u8, size: u8, value: u64) {
-        match size {
-            2 => self.set_reg(register, value as u16),
-            4 => self.set_reg(register, value as u32),
-            _ => self.set_reg(register, value),
-        }
-    }
-
     fn advance(&mut self, register: u8, size: u8, by: u64) {
-        let value = self.pointer(register, size).wrapping_add(by);
-        self.set_pointer(register, size, value);
+        let value = self.sized_reg(register, size).wrapping_add(by);
+        self.set_sized_reg(register, size, value);
     }
 
     /// The step of one element: its size, negative with DF.
@@ -62,7 +45,7 @@ impl Vcpu {
         op: &Op,
         write: bool,
     ) -> Result<u64, Stop> {
-        let offset = self.pointer(register, op.aux2);
+        let offset = self.sized_reg(register, op.aux2);
         if self.long64 {
             return Ok(offset.wrapping_add(self.state.segment_bases[segment as usize]));
         }
@@ -155,9 +138,9 @@ pub(crate) fn movs<T: Int>(cpu: &mut Vcpu, op: &Op) -> Flow {
         },
         |cpu, count| {
             let source = cpu
-                .pointer(RSI, op.aux2)
+                .sized_reg(RSI, op.aux2)
                 .wrapping_add(cpu.state.segment_bases[op.segment as usize]);
-            let destination = cpu.pointer(RDI, op.aux2);
+            let destination = cpu.sized_reg(RDI, op.aux2);
             let elements = cpu.stretch::<T>(Some(source), Some(destination), count);
             let (from, to) = (cpu.host(source), cpu.host(destination));
             let bytes = elements * T::SIZE as u64;
@@ -191,7 +174,7 @@ pub(crate) fn stos<T: Int>(cpu: &mut Vcpu, op: &Op) -> Flow {
             Ok(())
         },
         |cpu, count| {
-            let destination = cpu.pointer(RDI, op.aux2);
+            let destination = cpu.sized_reg(RDI, op.aux2);
             let elements = cpu.stretch::<T>(None, Some(destination), count);
             let to = cpu.host(destination);
             for i in 0..elements {

@@ -121,21 +121,6 @@ impl Vcpu {
         area[low..low + 16].copy_from_slice(&value[..16]);
         area[high..high + 16].copy_from_slice(&value[16..]);
     }
-
-    /// The linear address of an element at `offset` from the memory operand.
-    fn element_address(
-        &mut self,
-        op: &Op,
-        offset: u64,
-        size: u64,
-        write: bool,
-    ) -> Result<u64, Stop> {
-        let effective = self.effective(op).wrapping_add(offset);
-        if op.flags & flag::LEGACY != 0 {
-            return self.linear_legacy(op, effective, size, write);
-        }
-        Ok(effective.wrapping_add(self.state.segment_bases[op.segment as usize]))
-    }
 }
 
 /// VMASKMOVPS/PD, VPMASKMOVD/Q: data register `dst`, mask `src`, `aux` 1 for stores.
@@ -151,18 +136,18 @@ fn vmaskmov(cpu: &mut Vcpu, op: &Op) -> Flow {
         let data = cpu.vector(op.dst);
         let chosen: Vec<_> = chosen.collect();
         for &at in &chosen {
-            let address = attempt!(cpu.element_address(op, at as u64, element as u64, true));
+            let address = attempt!(cpu.address_at(op, at as u64, element as u64, true));
             attempt!(cpu.check_write(address, element, op.segment));
         }
         for at in chosen {
-            let address = attempt!(cpu.element_address(op, at as u64, element as u64, true));
+            let address = attempt!(cpu.address_at(op, at as u64, element as u64, true));
             attempt!(cpu.write_bytes(address, op.segment, &data[at..at + element]));
         }
         return Flow::Next;
     }
     let mut result = [0; 32];
     for at in chosen {
-        let address = attempt!(cpu.element_address(op, at as u64, element as u64, false));
+        let address = attempt!(cpu.address_at(op, at as u64, element as u64, false));
         attempt!(cpu.read_bytes(address, op.segment, &mut result[at..at + element]));
     }
     cpu.set_vector(op.dst, &result);
@@ -196,11 +181,11 @@ fn maskmov(cpu: &mut Vcpu, op: &Op) -> Flow {
     };
     let chosen: Vec<_> = (0..length).filter(|&at| mask[at] & 0x80 != 0).collect();
     for &at in &chosen {
-        let address = attempt!(cpu.element_address(op, at as u64, 1, true));
+        let address = attempt!(cpu.address_at(op, at as u64, 1, true));
         attempt!(cpu.check_write(address, 1, op.segment));
     }
     for at in chosen {
-        let address = attempt!(cpu.element_address(op, at as u64, 1, true));
+        let address = attempt!(cpu.address_at(op, at as u64, 1, true));
         attempt!(cpu.write_bytes(address, op.segment, &data[at..=at]));
     }
     if mmx {
@@ -242,7 +227,7 @@ fn gather(cpu: &mut Vcpu, op: &Op) -> Flow {
         let offset = (index as u64).wrapping_mul(scale);
         let mut value = [0; 8];
         let read = cpu
-            .element_address(op, offset, element as u64, false)
+            .address_at(op, offset, element as u64, false)
             .and_then(|address| cpu.read_bytes(address, op.segment, &mut value[..element]));
         if let Err(Stop) = read {
             // A fault or an exit shows what was gathered; an abandoned emulation starts again.
