@@ -165,6 +165,16 @@ impl Eptp {
         Eptp(root | Self::WRITE_BACK | (levels as u64 - 1) << 3 | ad)
     }
 
+    /// Whether an entry accepts the pointer: memory type uncacheable or write-back, four or five
+    /// levels, no reserved bit.
+    pub const fn is_valid(self) -> bool {
+        let memory_type = self.0 & 7;
+        let reserved = 0x1f << 7 | 0xfff << 52;
+        (memory_type == 0 || memory_type == Self::WRITE_BACK)
+            && matches!(self.levels(), 4 | 5)
+            && self.0 & reserved == 0
+    }
+
     /// Address of the root table.
     pub const fn root(self) -> u64 {
         self.0 & 0x000f_ffff_ffff_f000
@@ -178,6 +188,15 @@ impl Eptp {
     /// Whether EPT entries hold accessed and dirty flags.
     pub const fn accessed_dirty(self) -> bool {
         self.0 & Self::ACCESSED_DIRTY != 0
+    }
+}
+
+bitflags! {
+    /// VM-function controls: the functions that VMFUNC may invoke, by number.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct VmFunctions: u64 {
+        /// Function 0: load an EPT pointer from the list.
+        const EPTP_SWITCHING = 1 << 0;
     }
 }
 

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod addr;
+pub mod apic;
 pub mod control_registers;
 pub mod controls;
 pub mod cpuid;

@@ -2,6 +2,7 @@
 
 use arch::controls::{
     EntryControls, Eptp, IoBitmap, MsrBitmap, PinControls, PrimaryControls, SecondaryControls,
+    VmFunctions,
 };
 use arch::interruption::InterruptionInfo;
 
@@ -43,6 +44,28 @@ pub struct Controls {
     pub vpid: u16,
     /// TPR threshold, with [`PrimaryControls::TPR_SHADOW`].
     pub tpr_threshold: u32,
+    /// Host virtual address of the virtual-APIC page, with [`PrimaryControls::TPR_SHADOW`].
+    pub virtual_apic: u64,
+    /// Host virtual address of the APIC-access page, with
+    /// [`SecondaryControls::VIRTUALIZE_APIC_ACCESSES`]: accesses that translate to it are
+    /// virtualized or exit, whatever the memory there holds.
+    pub apic_access: u64,
+    /// Vectors whose virtualized EOI exits, with
+    /// [`SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY`].
+    pub eoi_exit_bitmap: [u64; 4],
+    /// Host virtual address of the posted-interrupt descriptor, with
+    /// [`PinControls::POSTED_INTERRUPTS`].
+    pub posted_interrupts: u64,
+    /// VM functions that VMFUNC may invoke, with [`SecondaryControls::ENABLE_VMFUNC`].
+    pub vm_functions: VmFunctions,
+    /// Host virtual address of the list of 512 EPT pointers between which
+    /// [`VmFunctions::EPTP_SWITCHING`] switches.
+    pub eptp_list: u64,
+    /// ENCLS leaves that exit, with [`SecondaryControls::ENCLS_EXITING`]; bit 63 stands for those
+    /// from 63 on.
+    pub encls_exiting_bitmap: u64,
+    /// Notify window in time-stamp ticks, with [`SecondaryControls::NOTIFY_EXITING`].
+    pub notify_window: u32,
     /// Added to the (scaled) host time-stamp counter, with [`PrimaryControls::TSC_OFFSETTING`].
     pub tsc_offset: u64,
     /// 16.48 fixed-point multiplier, with [`SecondaryControls::TSC_SCALING`].
@@ -99,6 +122,14 @@ impl Controls {
             shadow_root: ShadowRoot::default(),
             vpid: 0,
             tpr_threshold: 0,
+            virtual_apic: 0,
+            apic_access: 0,
+            eoi_exit_bitmap: [0; 4],
+            posted_interrupts: 0,
+            vm_functions: VmFunctions::empty(),
+            eptp_list: 0,
+            encls_exiting_bitmap: 0,
+            notify_window: 0,
             tsc_offset: 0,
             tsc_multiplier: 1 << 48,
             preemption_timer: 0,

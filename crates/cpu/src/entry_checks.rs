@@ -1,4 +1,4 @@
-//! The checks of VM entry on guest state: one rule a row.
+//! The checks of VM entry: one rule a row. Those on control fields are in `controls`.
 //!
 //! Source: SDM volume 3, "Checks on the Guest State Area".
 
@@ -19,7 +19,7 @@ pub(crate) struct Rule {
 macro_rules! rules {
     ($($name:literal => |$cpu:ident| $holds:expr;)*) => {
         /// Every rule, in the SDM's order.
-        pub(crate) const RULES: &[Rule] = &[
+        pub(super) const RULES: &[Rule] = &[
             $(Rule { name: $name, holds: |$cpu: &Vcpu| $holds },)*
         ];
 
@@ -30,6 +30,8 @@ macro_rules! rules {
         }
     };
 }
+
+mod controls;
 
 fn segment(cpu: &Vcpu, name: SegmentName) -> &arch::segment::Segment {
     cpu.state.segment(name)
@@ -132,13 +134,18 @@ rules! {
 
 /// Checks guest state; the first rule that is broken.
 pub(crate) fn check(cpu: &Vcpu) -> Result<(), &'static Rule> {
-    if all_hold(cpu) {
+    if controls::hold(cpu) && all_hold(cpu) {
         return Ok(());
     }
-    match RULES.iter().find(|rule| !(rule.holds)(cpu)) {
+    match every_rule().find(|rule| !(rule.holds)(cpu)) {
         Some(rule) => Err(rule),
         None => Ok(()),
     }
+}
+
+/// The rules in the order in which they are checked.
+fn every_rule() -> impl Iterator<Item = &'static Rule> {
+    controls::RULES.iter().chain(RULES)
 }
 
 /// The exit of an entry that failed `rule`.
@@ -147,8 +154,7 @@ pub(crate) fn failure(rule: &'static Rule) -> VmExit {
     exit.entry_failure = true;
     // The SDM leaves the qualification 0 for all but a few checks; the rule's number (from 1)
     // names it for whoever looks.
-    exit.qualification = RULES
-        .iter()
+    exit.qualification = every_rule()
         .position(|r| std::ptr::eq(r, rule))
         .map_or(0, |i| i as u64 + 1)
         << 32;
@@ -159,6 +165,8 @@ impl Vcpu {
     /// The name of the entry check that an exit with [`ExitReason::InvalidGuestState`] reports.
     pub fn failed_entry_check(exit: &VmExit) -> Option<&'static str> {
         let number = (exit.qualification >> 32) as usize;
-        RULES.get(number.checked_sub(1)?).map(|rule| rule.name)
+        every_rule()
+            .nth(number.checked_sub(1)?)
+            .map(|rule| rule.name)
     }
 }

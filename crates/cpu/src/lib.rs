@@ -15,6 +15,7 @@
 //! | `decode`, `op`, `code` | bytes to ops, and the cache of them |
 //! | `memory`, `tlb`, `second_stage`, `host` | linear address to host access |
 //! | `event`, `segmentation` | exceptions, interrupts, descriptors |
+//! | `virtual_apic` | virtual interrupts and accesses to the APIC |
 //! | `vector` | x87, SIMD and extended state, by the host's own instructions |
 //! | `machine` | what the processors of one machine share |
 
@@ -38,6 +39,7 @@ mod state;
 mod tlb;
 mod vcpu;
 mod vector;
+mod virtual_apic;
 mod vmx;
 
 pub use controls::{Controls, ShadowRoot};

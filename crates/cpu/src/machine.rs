@@ -26,6 +26,8 @@ pub(crate) mod request {
     pub(crate) const QUEUE: u32 = 1 << 1;
     /// The processor's own business: pending events, windows, single steps.
     pub(crate) const OWN: u32 = 1 << 2;
+    /// Interrupts were posted: [`super::Attention::notify`].
+    pub(crate) const NOTIFICATION: u32 = 1 << 3;
 }
 
 /// How other threads get a processor's attention.
@@ -64,6 +66,18 @@ impl Attention {
     /// Takes back a kick that has not been answered. For the processor's own thread.
     pub fn clear_kick(&self) {
         self.flags.fetch_and(!request::KICK, Ordering::SeqCst);
+    }
+
+    /// Sends the posted-interrupt notification: under posted-interrupt processing the processor
+    /// takes over what the descriptor holds, without an exit; otherwise it leaves guest mode as for
+    /// any interrupt.
+    pub fn notify(&self) {
+        self.flags.fetch_or(request::NOTIFICATION, Ordering::SeqCst);
+    }
+
+    pub(crate) fn clear_notification(&self) {
+        self.flags
+            .fetch_and(!request::NOTIFICATION, Ordering::SeqCst);
     }
 
     /// Whether the processor is in guest mode.

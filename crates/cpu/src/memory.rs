@@ -20,6 +20,7 @@ use crate::second_stage::{Outcome, Reason};
 use crate::tlb::{Class, Fill};
 use crate::vcpu::{BusResponse, Cause, Vcpu};
 use arch::addr::Gva;
+use arch::apic::AccessType;
 use arch::control_registers::{Cr0, Cr4, Rflags};
 use arch::exception::Exception;
 use arch::exit::{EptViolation, ExitReason, VmExit};
@@ -39,6 +40,8 @@ pub(crate) enum Place {
     Ram { hva: u64 },
     /// The bus, at this guest-physical address.
     Bus { gpa: u64 },
+    /// The APIC-access page, at this offset.
+    Apic { offset: u32 },
 }
 
 /// Integer operations that the interpreter needs on every operand size.
@@ -150,6 +153,7 @@ impl Vcpu {
                 self.bus_write(gpa, &value.to_le_bytes())?;
                 Ok(found)
             }
+            Place::Apic { offset } => Err(self.apic_access_exit(AccessType::Write, offset)),
         }
     }
 
@@ -197,6 +201,14 @@ impl Vcpu {
                     let (value, result) = compute(T::truncate(u64::from_le_bytes(bytes)));
                     let value: u64 = value.into();
                     self.bus_write(gpa, &value.to_le_bytes()[..T::SIZE])?;
+                    Ok(result)
+                }
+                Place::Apic { offset } => {
+                    let mut bytes = [0; 8];
+                    self.apic_read(offset, &mut bytes[..T::SIZE])?;
+                    let (value, result) = compute(T::truncate(u64::from_le_bytes(bytes)));
+                    let value: u64 = value.into();
+                    self.apic_write(offset, &value.to_le_bytes()[..T::SIZE])?;
                     Ok(result)
                 }
             };
@@ -325,6 +337,7 @@ impl Vcpu {
                 Ok(hva)
             }
             Place::Bus { .. } => Err(self.stop_with(Cause::Unhandled)),
+            Place::Apic { offset } => Err(self.apic_access_exit(AccessType::Fetch, offset)),
         }
     }
 
@@ -400,7 +413,19 @@ impl Vcpu {
         } else {
             next & 0xffff_ffff
         };
-        Ok([first, self.resolve_cached(next, access)?])
+        let second = self.resolve_cached(next, access)?;
+        // No register crosses pages, so that such an access is not virtualized.
+        for place in [first, second] {
+            if let Place::Apic { offset } = place {
+                let kind = if access.contains(Access::WRITE) {
+                    AccessType::Write
+                } else {
+                    AccessType::Read
+                };
+                return Err(self.apic_access_exit(kind, offset));
+            }
+        }
+        Ok([first, second])
     }
 
     fn transfer_in(
@@ -426,6 +451,7 @@ impl Vcpu {
                     }
                 }
                 Place::Bus { gpa } => self.bus_read(gpa, part)?,
+                Place::Apic { offset } => self.apic_read(offset, part)?,
             }
             self.observe_access(gva, part, false);
         }
@@ -449,6 +475,7 @@ impl Vcpu {
                     self.wrote(hva, part.len());
                 }
                 Place::Bus { gpa } => self.bus_write(gpa, part)?,
+                Place::Apic { offset } => self.apic_write(offset, part)?,
             }
             self.observe_access(gva, part, true);
         }
@@ -589,6 +616,14 @@ impl Vcpu {
             }
         };
         let hva = mapped.hva;
+        if self.second_stage.is_apic_access(hva) {
+            let offset = (gva & 0xfff) as u32;
+            // Whoever emulates an instruction has an APIC of its own on the bus.
+            return Ok(match self.bus {
+                Some(_) if !access.contains(Access::FETCH) => Place::Bus { gpa },
+                _ => Place::Apic { offset },
+            });
+        }
         let class = self.class_of(access);
         let base = match class {
             Class::User => Access::USER,
@@ -661,6 +696,7 @@ impl Vcpu {
         exit.guest_physical_address = outcome.gpa;
         exit.guest_linear_address = gva;
         match outcome.reason {
+            Reason::ApicAccess => return self.apic_access_exit(AccessType::Physical, 0),
             Reason::ShadowFault(code) => return self.page_fault(gva, code),
             Reason::Misconfigured => {
                 exit.reason = ExitReason::EptMisconfiguration;

@@ -29,6 +29,9 @@ const PML_ENTRIES: usize = 512;
 const PAGE_MASK: u64 = !0xfff;
 const CACHE: usize = 512;
 
+/// The address of no page.
+const NO_PAGE: u64 = u64::MAX;
+
 /// What is done to guest-physical memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StageAccess {
@@ -46,6 +49,8 @@ pub(crate) enum Reason {
     Misconfigured,
     /// Host memory is not there.
     HostFault,
+    /// It is the APIC-access page, where a paging structure was looked for.
+    ApicAccess,
     /// Without EPT: a host-owned table could not be read; reported as a page fault.
     ShadowFault(u32),
 }
@@ -101,6 +106,8 @@ pub(crate) struct SecondStage {
     paging: Option<EptPaging>,
     eptp: Eptp,
     cache: Box<[Cached; CACHE]>,
+    /// Host page of the APIC-access page, or an address that no page has.
+    apic_access: u64,
     /// Page-modification log, when it is on.
     pub(crate) pml: Option<Vec<u64>>,
     /// The log is full and an access was refused for it.
@@ -117,6 +124,7 @@ impl SecondStage {
             cache: vec![EMPTY; CACHE]
                 .try_into()
                 .unwrap_or_else(|_| unreachable!()),
+            apic_access: NO_PAGE,
             pml: None,
             pml_full: false,
             walks: 0,
@@ -137,6 +145,24 @@ impl SecondStage {
             EptPaging::new(eptp.levels(), features, HOST_PHYSICAL_BITS)
         });
         true
+    }
+
+    /// Whether these tables are those that are walked.
+    #[inline]
+    pub(crate) fn has_selected(&self, eptp: Eptp) -> bool {
+        self.eptp == eptp
+    }
+
+    /// Selects the APIC-access page. Returns whether it changed.
+    pub(crate) fn set_apic_access(&mut self, page: Option<u64>) -> bool {
+        let page = page.unwrap_or(NO_PAGE);
+        std::mem::replace(&mut self.apic_access, page) != page
+    }
+
+    /// Whether the host address lies in the APIC-access page.
+    #[inline]
+    pub(crate) fn is_apic_access(&self, hva: u64) -> bool {
+        hva & PAGE_MASK == self.apic_access
     }
 
     /// Drops every cached translation.
@@ -245,6 +271,11 @@ impl SecondStage {
             StageAccess::Read
         };
         match self.translate(gpa, access) {
+            Ok(mapped) if self.is_apic_access(mapped.hva) => Err(Outcome {
+                gpa,
+                reason: Reason::ApicAccess,
+                qualification: EptViolation::empty(),
+            }),
             Ok(mapped) => Ok(mapped.hva),
             Err(mut outcome) => {
                 outcome.qualification |= EptViolation::READ;

@@ -3,6 +3,7 @@
 //! The layout is `repr(C)`: generated code reaches registers by offset, and the offsets it relies
 //! on are proven below.
 
+use arch::apic::InterruptStatus;
 use arch::control_registers::{Cr0, Cr3, Cr4, Dr6, Dr7, Efer, Rflags, Xcr0};
 use arch::controls::{Activity, Interruptibility};
 use arch::segment::{AccessRights, DescriptorTable, Segment, SegmentName};
@@ -184,6 +185,8 @@ pub struct CpuState {
     pub activity: Activity,
     /// Interruptibility state.
     pub interruptibility: Interruptibility,
+    /// Guest interrupt status: RVI and SVI of virtual-interrupt delivery.
+    pub interrupt_status: InterruptStatus,
     /// Pending debug exceptions (VMCS format: B0–B3, enabled breakpoint, BS).
     pub pending_debug: u64,
     /// Base of SMRAM.
@@ -267,6 +270,7 @@ impl CpuState {
             },
             activity: Activity::Active,
             interruptibility: Interruptibility::empty(),
+            interrupt_status: InterruptStatus::default(),
             pending_debug: 0,
             smbase: 0x3_0000,
             smm: false,

@@ -123,6 +123,9 @@ pub(crate) enum Cause {
     Exit(VmExit),
     /// A trap-like exit: the instruction completed.
     ExitAfter(VmExit),
+    /// The instruction has done nothing and is to be executed again as a single step, because
+    /// something must happen right behind it.
+    Alone,
     Later,
     BusFault,
     Unhandled,
@@ -175,6 +178,14 @@ pub struct Vcpu {
     pub(crate) vectoring: Option<Event>,
     /// An IRET that unblocked NMIs is executing.
     pub(crate) unblocking_nmi: bool,
+    /// The instruction that executes is a single step.
+    pub(crate) alone: bool,
+    /// The next instruction is to be a single step.
+    pub(crate) step_alone: bool,
+    /// Offset and size of a write to the APIC-access page by the instruction that executes.
+    pub(crate) apic_write: Option<(u32, usize)>,
+    /// A virtual interrupt is recognized.
+    pub(crate) has_virtual_interrupt: bool,
     /// Preemption-timer deadline in host time-stamp ticks.
     pub(crate) preemption_deadline: Option<u64>,
     pub(crate) pause_loop: PauseLoop,
@@ -242,6 +253,10 @@ impl Vcpu {
             cause: Cause::None,
             vectoring: None,
             unblocking_nmi: false,
+            alone: false,
+            step_alone: false,
+            apic_write: None,
+            has_virtual_interrupt: false,
             preemption_deadline: None,
             pause_loop: PauseLoop::default(),
             host_fault_gpa: None,

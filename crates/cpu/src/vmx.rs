@@ -43,7 +43,10 @@ impl Vcpu {
             cpu.attention.set_in_guest(true);
             cpu.start_preemption_timer();
             cpu.settle_statistics();
-            let exit = cpu.inject().unwrap_or_else(|| cpu.run());
+            let exit = cpu
+                .inject()
+                .or_else(|| cpu.begin_virtual_apic())
+                .unwrap_or_else(|| cpu.run());
             cpu.attention.set_in_guest(false);
             // What is asked from now on waits for the next entry, which looks before it executes.
             if cpu.attention.flags.load(Ordering::SeqCst) & request::QUEUE != 0 {
@@ -58,8 +61,11 @@ impl Vcpu {
     fn prepare(&mut self) {
         let controls = self.controls();
         let eptp = controls.ept().then_some(controls.eptp);
+        let apic_access = self
+            .secondary(SecondaryControls::VIRTUALIZE_APIC_ACCESSES)
+            .then_some(controls.apic_access);
         let log = self.secondary(SecondaryControls::ENABLE_PML);
-        if self.second_stage.select(eptp) {
+        if self.second_stage.select(eptp) | self.second_stage.set_apic_access(apic_access) {
             self.tlb.flush();
         }
         if log != self.second_stage.pml.is_some() {
@@ -70,6 +76,8 @@ impl Vcpu {
         self.cause = Cause::None;
         self.vectoring = None;
         self.unblocking_nmi = false;
+        self.step_alone = false;
+        self.apic_write = None;
         self.host_fault_gpa = None;
         self.update_mode();
         if self.has_own_business() {
@@ -212,13 +220,17 @@ impl Vcpu {
         self.state.interruptibility.remove(shadow);
         self.state.rflags_rest &= !resume;
         self.countdown -= 1;
-        if self.execute_single(block) {
+        let stopped = self.execute_single(block);
+        if self.has_completed(stopped) {
+            if trap_flag {
+                self.state.pending_debug |= arch::control_registers::Dr6::BS.bits();
+            }
+        } else {
             self.state.interruptibility.insert(shadow);
             self.state.rflags_rest |= resume;
-            return self.emulation_stopped(saved);
         }
-        if trap_flag {
-            self.state.pending_debug |= arch::control_registers::Dr6::BS.bits();
+        if stopped {
+            return self.emulation_stopped(saved);
         }
         if self.state.rip != next
             && let Some(observer) = self.observer

@@ -14,3 +14,5 @@ mod modes;
 mod paging;
 #[path = "system/translation.rs"]
 mod translation;
+#[path = "system/virtual_apic.rs"]
+mod virtual_apic;

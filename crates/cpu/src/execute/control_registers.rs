@@ -7,7 +7,7 @@ use crate::memory::Int;
 use crate::op::{Flow, Op, Stop, flag};
 use crate::vcpu::{Cause, Vcpu};
 use arch::control_registers::{Cr0, Cr3, Cr4, Dr6, Dr7, Efer};
-use arch::controls::{PrimaryControls, SecondaryControls};
+use arch::controls::PrimaryControls;
 use arch::cpuid::Feature;
 use arch::exception::Exception;
 use arch::exit::{CrAccess, DrAccess, ExitReason, VmExit};
@@ -211,23 +211,22 @@ impl Vcpu {
 
     /// CR8 as the guest sees it.
     fn task_priority(&self) -> u64 {
+        if self.primary(PrimaryControls::TPR_SHADOW) {
+            return self.virtual_task_priority();
+        }
         self.state.cr8
     }
 
-    fn set_task_priority(&mut self, value: u64) -> Result<(), Stop> {
+    /// Sets CR8; the exit that follows the instruction.
+    fn set_task_priority(&mut self, value: u64) -> Result<Option<VmExit>, Stop> {
         if value > 15 {
             return Err(self.general_protection());
         }
-        self.state.cr8 = value;
-        if self.primary(PrimaryControls::TPR_SHADOW)
-            && !self.secondary(SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY)
-            && (value as u32) < self.controls().tpr_threshold & 0xf
-        {
-            // A trap-like exit: the instruction has completed.
-            let exit = VmExit::new(ExitReason::TprBelowThreshold);
-            return Err(self.stop_with(Cause::ExitAfter(exit)));
+        if self.primary(PrimaryControls::TPR_SHADOW) {
+            return Ok(self.set_virtual_task_priority(value));
         }
-        Ok(())
+        self.state.cr8 = value;
+        Ok(None)
     }
 
     /// Reads a guest-physical quadword (PDPTEs).
@@ -301,7 +300,10 @@ pub(crate) fn mov_to_cr(cpu: &mut Vcpu, op: &Op) -> Flow {
             let value = value & !mask | cpu.state.cr4.bits() & mask;
             attempt!(cpu.set_cr4(value));
         }
-        8 => attempt!(cpu.set_task_priority(value)),
+        8 => {
+            let exit = attempt!(cpu.set_task_priority(value));
+            return cpu.end_with(op, exit);
+        }
         _ => {
             cpu.undefined();
             return Flow::Stop;

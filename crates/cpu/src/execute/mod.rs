@@ -24,7 +24,8 @@ pub(crate) mod transfer;
 use crate::memory::Int;
 use crate::op::{Flow, Op, Stop, flag};
 use crate::state::slot;
-use crate::vcpu::Vcpu;
+use crate::vcpu::{Cause, Vcpu};
+use arch::exit::VmExit;
 
 /// What replaces the handlers of a block that was overwritten while it ran: the block ends and
 /// the instruction is looked up anew.
@@ -61,6 +62,18 @@ impl Vcpu {
     pub(crate) fn end_block(&mut self, op: &Op) -> Flow {
         self.state.rip = self.next_rip(op);
         Flow::Branch
+    }
+
+    /// Ends the block behind an instruction that has completed; with `exit`, which is trap-like,
+    /// by leaving.
+    pub(crate) fn end_with(&mut self, op: &Op, exit: Option<VmExit>) -> Flow {
+        match exit {
+            Some(exit) => {
+                self.stop_with(Cause::ExitAfter(exit));
+                Flow::Stop
+            }
+            None => self.end_block(op),
+        }
     }
 
     /// Reads a register operand given by byte offset.

@@ -17,7 +17,8 @@ pub(crate) fn rdmsr(cpu: &mut Vcpu, op: &Op) -> Flow {
         cpu.exit_for(op, ExitReason::Rdmsr, 0);
         return Flow::Stop;
     }
-    match cpu.read_msr(number) {
+    let virtualized = cpu.read_virtual_x2apic(number);
+    match virtualized.or_else(|| cpu.read_msr(number)) {
         Some(value) => {
             cpu.set_reg(0, value as u32);
             cpu.set_reg(16, (value >> 32) as u32);
@@ -39,6 +40,10 @@ pub(crate) fn wrmsr(cpu: &mut Vcpu, op: &Op) -> Flow {
         return Flow::Stop;
     }
     let value = u64::from(cpu.reg::<u32>(0)) | u64::from(cpu.reg::<u32>(16)) << 32;
+    if let Some(written) = cpu.write_virtual_x2apic(number, value) {
+        let exit = attempt!(written);
+        return cpu.end_with(op, exit);
+    }
     if !cpu.write_msr(number, value) {
         cpu.general_protection();
         return Flow::Stop;

@@ -235,9 +235,17 @@ impl Vcpu {
                 result.err()
             }
             Cause::Software(event) => self.software_event(event),
-            Cause::Exit(exit) => {
+            Cause::Exit(mut exit) => {
                 self.unblocking_nmi = false;
+                if exit.reason == ExitReason::ApicAccess {
+                    exit.instruction_length = self.current_length() as u32;
+                }
                 Some(exit)
+            }
+            Cause::Alone => {
+                self.step_alone = true;
+                self.request_own();
+                None
             }
             Cause::ExitAfter(exit) => {
                 // Trap-like: the instruction has completed.
@@ -315,6 +323,12 @@ impl Vcpu {
             self.attention.clear_kick();
             return Some(VmExit::new(ExitReason::ExternalInterrupt));
         }
+        if flags & request::NOTIFICATION != 0 {
+            self.attention.clear_notification();
+            if let Some(exit) = self.take_notification() {
+                return Some(exit);
+            }
+        }
         if flags & request::OWN == 0 {
             return None;
         }
@@ -324,7 +338,7 @@ impl Vcpu {
         if let Some(exit) = self.interruptions() {
             return Some(exit);
         }
-        if self.must_step() {
+        if self.must_step() || self.step_alone {
             self.request_own();
             return self.step_one();
         }
@@ -369,15 +383,18 @@ impl Vcpu {
         {
             return Some(VmExit::new(ExitReason::InterruptWindow));
         }
+        if let Some(exit) = self.deliver_virtual_interrupt() {
+            return Some(exit);
+        }
         if self.state.activity != Activity::Active {
-            return Some(self.wait_inactive());
+            return self.wait_inactive();
         }
         None
     }
 
-    /// The processor is halted (without HLT exiting), shut down or waiting: only a kick, or the
-    /// preemption timer, ends that.
-    fn wait_inactive(&mut self) -> VmExit {
+    /// The processor is halted (without HLT exiting), shut down or waiting: only a kick, a
+    /// notification or the preemption timer ends that.
+    fn wait_inactive(&mut self) -> Option<VmExit> {
         loop {
             let flags = self.attention.flags.load(Ordering::SeqCst);
             if flags & request::QUEUE != 0 {
@@ -386,11 +403,21 @@ impl Vcpu {
             if flags & request::KICK != 0 {
                 self.attention.clear_kick();
                 self.request_own();
-                return VmExit::new(ExitReason::ExternalInterrupt);
+                return Some(VmExit::new(ExitReason::ExternalInterrupt));
+            }
+            if flags & request::NOTIFICATION != 0 {
+                self.attention.clear_notification();
+                let exit = self
+                    .take_notification()
+                    .or_else(|| self.deliver_virtual_interrupt());
+                if exit.is_some() || self.state.activity == Activity::Active {
+                    self.request_own();
+                    return exit;
+                }
             }
             if self.preemption_timer_value() == Some(0) {
                 self.request_own();
-                return VmExit::new(ExitReason::PreemptionTimer);
+                return Some(VmExit::new(ExitReason::PreemptionTimer));
             }
             std::thread::sleep(std::time::Duration::from_micros(50));
         }
@@ -453,16 +480,22 @@ impl Vcpu {
         let resume = before & Rflags::RF.bits();
         self.state.interruptibility.remove(shadow);
         self.state.rflags_rest &= !resume;
-        if self.execute_single(block) {
+        let stopped = self.execute_single(block);
+        if self.has_completed(stopped) {
+            if before & Rflags::TF.bits() != 0 {
+                self.state.pending_debug |= Dr6::BS.bits();
+            }
+        } else {
             self.state.interruptibility.insert(shadow);
             self.state.rflags_rest |= resume;
-            if let Some(exit) = self.stopped() {
-                return Some(exit);
-            }
-        } else if before & Rflags::TF.bits() != 0 {
-            self.state.pending_debug |= Dr6::BS.bits();
+        }
+        if stopped && let Some(exit) = self.stopped() {
+            return Some(exit);
         }
         self.request_own();
+        if let Some(exit) = self.emulate_apic_write() {
+            return Some(exit);
+        }
         let trap = self.primary(PrimaryControls::MONITOR_TRAP_FLAG);
         trap.then(|| VmExit::new(ExitReason::MonitorTrapFlag))
     }
@@ -471,7 +504,11 @@ impl Vcpu {
     /// stopped.
     pub(crate) fn execute_single(&mut self, block: &Block) -> bool {
         let op = &block.ops[0];
-        match (block.first)(self, op) {
+        self.step_alone = false;
+        self.alone = true;
+        let flow = (block.first)(self, op);
+        self.alone = false;
+        match flow {
             Flow::Next => {
                 self.state.rip = self.next_rip(op);
                 false
@@ -479,9 +516,16 @@ impl Vcpu {
             Flow::Branch => false,
             Flow::Stop => {
                 self.state.rip = self.rip_of(op);
+                // What the page holds stays; what would have followed the instruction does not.
+                self.apic_write = None;
                 true
             }
         }
+    }
+
+    /// Whether the instruction that [`Vcpu::execute_single`] executed took effect.
+    pub(crate) fn has_completed(&self, stopped: bool) -> bool {
+        !stopped || matches!(self.cause, Cause::ExitAfter(_))
     }
 
     /// The block at RIP, for the execution of its first instruction.

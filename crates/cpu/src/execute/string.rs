@@ -88,7 +88,7 @@ fn repeat(
     if op.flags & (flag::REP | flag::REPNE) == 0 {
         return one(cpu).into();
     }
-    let single = cpu.bus.is_some() || cpu.must_step();
+    let single = cpu.bus.is_some() || cpu.alone || cpu.must_step();
     let mut budget = BATCH;
     loop {
         let count = cpu.counter(op.aux2);

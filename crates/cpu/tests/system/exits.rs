@@ -1,7 +1,7 @@
 //! Every cause of a VM exit that an instruction or the loop raises, with its exit information.
 
 use crate::bench::*;
-use crate::guest::{EPT_RWX, Guest};
+use crate::guest::{EPT_RWX, Guest, Memory};
 use arch::control_registers::{Cr0, Cr4, Rflags};
 use arch::controls::{Interruptibility, PinControls, PrimaryControls, SecondaryControls};
 use arch::exit::{CrAccess, DrAccess, EptViolation, ExitReason, IoAccess};
@@ -565,12 +565,15 @@ fn a_kick_ends_a_loop() {
 #[test]
 fn a_lowered_task_priority_exits_after_the_instruction() {
     let mut guest = long_guest();
+    let page = Memory::new(4096);
+    page.write(0x80, &[0x70]);
     guest.controls.primary |= PrimaryControls::TPR_SHADOW;
+    guest.controls.virtual_apic = page.hva;
     guest.controls.tpr_threshold = 5;
     guest.load(&assemble(64, CODE, |a| a.mov(cr8, rcx).unwrap()));
     guest.vcpu.state.regs[1] = 3;
     guest.run_to(ExitReason::TprBelowThreshold);
-    assert_eq!((guest.vcpu.state.cr8, guest.vcpu.state.rip), (3, CODE + 4));
+    assert_eq!((page.bytes()[0x80], guest.vcpu.state.rip), (0x30, CODE + 4));
 }
 
 #[test]

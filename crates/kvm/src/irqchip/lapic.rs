@@ -21,36 +21,7 @@ use arch::msr::apic_base;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-/// Register offsets in the xAPIC page.
-pub mod reg {
-    #![allow(missing_docs)]
-    pub const ID: u32 = 0x20;
-    pub const VERSION: u32 = 0x30;
-    pub const TPR: u32 = 0x80;
-    pub const APR: u32 = 0x90;
-    pub const PPR: u32 = 0xa0;
-    pub const EOI: u32 = 0xb0;
-    pub const RRD: u32 = 0xc0;
-    pub const LDR: u32 = 0xd0;
-    pub const DFR: u32 = 0xe0;
-    pub const SVR: u32 = 0xf0;
-    pub const ISR: u32 = 0x100;
-    pub const TMR: u32 = 0x180;
-    pub const IRR: u32 = 0x200;
-    pub const ESR: u32 = 0x280;
-    pub const ICR: u32 = 0x300;
-    pub const ICR2: u32 = 0x310;
-    pub const LVT_TIMER: u32 = 0x320;
-    pub const LVT_THERMAL: u32 = 0x330;
-    pub const LVT_PMC: u32 = 0x340;
-    pub const LVT_LINT0: u32 = 0x350;
-    pub const LVT_LINT1: u32 = 0x360;
-    pub const LVT_ERROR: u32 = 0x370;
-    pub const TIMER_INITIAL: u32 = 0x380;
-    pub const TIMER_CURRENT: u32 = 0x390;
-    pub const TIMER_DIVIDE: u32 = 0x3e0;
-    pub const SELF_IPI: u32 = 0x3f0;
-}
+pub use arch::apic::reg;
 
 /// The xAPIC page's address at reset.
 pub const DEFAULT_BASE: u64 = 0xfee0_0000;
