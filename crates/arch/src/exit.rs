@@ -162,6 +162,10 @@ exit_reasons! {
     Xsaves = 63,
     /// XRSTORS that the XSS-exiting bitmap intercepts.
     Xrstors = 64,
+    /// UMWAIT with RDTSC exiting.
+    Umwait = 67,
+    /// TPAUSE with RDTSC exiting.
+    Tpause = 68,
     /// A bus lock was asserted with bus-lock detection.
     BusLock = 74,
     /// No interrupt window opened within the notify window.

@@ -50,6 +50,7 @@ const OWN: &[Feature] = &[
     Feature::UMIP,
     Feature::PKU,
     Feature::OSPKE,
+    Feature::WAITPKG,
     Feature::LA57,
     Feature::RDPID,
     Feature::FSRM,

@@ -22,6 +22,7 @@ use crate::vcpu::{BusResponse, Cause, Vcpu};
 use arch::addr::Gva;
 use arch::apic::AccessType;
 use arch::control_registers::{Cr0, Cr4, Rflags};
+use arch::controls::SecondaryControls;
 use arch::exception::Exception;
 use arch::exit::{EptViolation, ExitReason, VmExit};
 use arch::paging::{Access, GuestError, Privilege, Rights};
@@ -114,7 +115,8 @@ impl Vcpu {
     ) -> Result<R, Stop> {
         let entry = self.tlb.entry(gva);
         let last = gva.wrapping_add(T::SIZE as u64 - 1);
-        if entry.write == last & PAGE_MASK | self.context {
+        let split = lock && splits_line(gva, T::SIZE);
+        if entry.write == last & PAGE_MASK | self.context && !split {
             let hva = gva.wrapping_add(entry.addend);
             // SAFETY: as in `read`.
             if let Ok(result) = unsafe { modify_host(hva, lock, &mut compute) } {
@@ -183,6 +185,13 @@ impl Vcpu {
     ) -> Result<R, Stop> {
         let access = self.data_access(Access::WRITE);
         self.check_address(gva, T::SIZE, segment)?;
+        let asserts_bus_lock = lock
+            && splits_line(gva, T::SIZE)
+            && self.secondary(SecondaryControls::BUS_LOCK_DETECTION);
+        if asserts_bus_lock && !self.alone {
+            return Err(self.stop_with(Cause::Alone));
+        }
+        self.bus_lock = asserts_bus_lock;
         if !crosses(gva, T::SIZE) {
             return match self.resolve_cached(gva, access)? {
                 Place::Ram { hva } => {
@@ -594,13 +603,14 @@ impl Vcpu {
             }
         };
         let gpa = translation.gpa.get();
+        let user_page = translation.rights.contains(Rights::USER);
         // An observed instruction may come from a page that the second stage keeps from being
         // executed: whoever observes it has decided that it runs.
         let stage = match access {
             _ if self.observer.is_some() && access.contains(Access::FETCH) => {
                 crate::second_stage::StageAccess::Read
             }
-            _ => stage_access(access),
+            _ => stage_access(access, user_page),
         };
         let mapped = match self.second_stage.translate(gpa, stage) {
             Ok(mapped) => mapped,
@@ -646,7 +656,12 @@ impl Vcpu {
             translation.rights.contains(Rights::DIRTY) && mapped.writable && may(Access::WRITE);
         let write = writable && !self.machine.has_code(hva);
         let fetch_base = base - Access::IMPLICIT;
-        let fetch = mapped.executable
+        let executable = if user_page {
+            mapped.user_executable
+        } else {
+            mapped.executable
+        };
+        let fetch = executable
             && protection
                 .check(
                     translation.rights,
@@ -760,10 +775,18 @@ pub(crate) fn crosses(gva: u64, len: usize) -> bool {
     (gva & 0xfff) as usize + len > 0x1000
 }
 
-fn stage_access(access: Access) -> crate::second_stage::StageAccess {
+/// Whether `len` bytes at `gva` touch two cache lines.
+#[inline(always)]
+fn splits_line(gva: u64, len: usize) -> bool {
+    (gva & 63) as usize + len > 64
+}
+
+fn stage_access(access: Access, user_page: bool) -> crate::second_stage::StageAccess {
     use crate::second_stage::StageAccess;
     if access.contains(Access::WRITE) {
         StageAccess::Write
+    } else if access.contains(Access::FETCH) && user_page {
+        StageAccess::UserFetch
     } else if access.contains(Access::FETCH) {
         StageAccess::Fetch
     } else {

@@ -37,7 +37,21 @@ const NO_PAGE: u64 = u64::MAX;
 pub(crate) enum StageAccess {
     Read,
     Write,
+    /// A fetch from a supervisor-mode linear address.
     Fetch,
+    /// A fetch from a user-mode linear address.
+    UserFetch,
+}
+
+impl StageAccess {
+    fn in_ept(self) -> EptAccess {
+        match self {
+            StageAccess::Read => EptAccess::READ,
+            StageAccess::Write => EptAccess::WRITE,
+            StageAccess::Fetch => EptAccess::FETCH,
+            StageAccess::UserFetch => EptAccess::FETCH.union(EptAccess::USER_LINEAR),
+        }
+    }
 }
 
 /// Why a guest-physical access did not go through.
@@ -82,8 +96,10 @@ pub(crate) struct Mapped {
     pub readable: bool,
     /// Writes are allowed and need no dirty bit set.
     pub writable: bool,
-    /// Fetches are allowed.
+    /// Fetches from supervisor-mode linear addresses are allowed.
     pub executable: bool,
+    /// Fetches from user-mode linear addresses are allowed.
+    pub user_executable: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -105,6 +121,8 @@ const EMPTY: Cached = Cached {
 pub(crate) struct SecondStage {
     paging: Option<EptPaging>,
     eptp: Eptp,
+    /// Mode-based execute control is on.
+    mode_based: bool,
     cache: Box<[Cached; CACHE]>,
     /// Host page of the APIC-access page, or an address that no page has.
     apic_access: u64,
@@ -121,6 +139,7 @@ impl SecondStage {
         SecondStage {
             paging: None,
             eptp: Eptp::default(),
+            mode_based: false,
             cache: vec![EMPTY; CACHE]
                 .try_into()
                 .unwrap_or_else(|_| unreachable!()),
@@ -131,17 +150,25 @@ impl SecondStage {
         }
     }
 
-    /// Selects the tables to walk; `None` for none. Returns whether they changed.
-    pub(crate) fn select(&mut self, eptp: Option<Eptp>) -> bool {
+    /// The EPT pointer in use.
+    pub(crate) fn eptp(&self) -> Eptp {
+        self.eptp
+    }
+
+    /// Selects the tables to walk, `None` for none, and whether rights to fetch depend on the
+    /// mode of the linear address. Returns whether anything changed.
+    pub(crate) fn select(&mut self, eptp: Option<Eptp>, mode_based: bool) -> bool {
         let current = self.paging.map(|_| self.eptp);
-        if current == eptp {
+        if current == eptp && self.mode_based == mode_based {
             return false;
         }
+        self.mode_based = mode_based;
         self.flush();
         self.eptp = eptp.unwrap_or_default();
         self.paging = eptp.and_then(|eptp| {
             let mut features = EPT_FEATURES;
             features.set(EptFeatures::ACCESSED_DIRTY, eptp.accessed_dirty());
+            features.set(EptFeatures::MODE_BASED_EXECUTE, mode_based);
             EptPaging::new(eptp.levels(), features, HOST_PHYSICAL_BITS)
         });
         true
@@ -188,15 +215,12 @@ impl SecondStage {
                 readable: true,
                 writable: true,
                 executable: true,
+                user_executable: true,
             });
         }
         let cached = &self.cache[(gpa >> 12) as usize & (CACHE - 1)];
         if cached.page == gpa & PAGE_MASK {
-            let needed = match access {
-                StageAccess::Read => EptRights::READ,
-                StageAccess::Write => EptRights::WRITE,
-                StageAccess::Fetch => EptRights::EXECUTE,
-            };
+            let needed = access.in_ept().needs();
             if cached.rights.contains(needed) && (cached.is_dirty || access != StageAccess::Write) {
                 return Ok(cached.mapped(gpa));
             }
@@ -220,11 +244,7 @@ impl SecondStage {
             });
         }
         self.walks += 1;
-        let ept_access = match access {
-            StageAccess::Read => EptAccess::READ,
-            StageAccess::Write => EptAccess::WRITE,
-            StageAccess::Fetch => EptAccess::FETCH,
-        };
+        let ept_access = access.in_ept();
         match paging.translate(&mut HostTables, self.eptp.root(), Gpa::new(gpa), ept_access) {
             Ok(t) => {
                 if logging
@@ -245,7 +265,9 @@ impl SecondStage {
             Err(EptError::Fault(EptFault::Violation(v))) => Err(Outcome {
                 gpa,
                 reason: Reason::Violation,
-                qualification: EptViolation::from_bits_retain(v.qualification(EPT_FEATURES) & !7),
+                qualification: EptViolation::from_bits_retain(
+                    v.qualification(paging.features()) & !7,
+                ),
             }),
             Err(EptError::Fault(EptFault::Misconfiguration { .. })) => Err(Outcome {
                 gpa,
@@ -294,6 +316,7 @@ impl Cached {
             readable: self.rights.contains(EptRights::READ),
             writable: self.rights.contains(EptRights::WRITE) && self.is_dirty,
             executable: self.rights.contains(EptRights::EXECUTE),
+            user_executable: self.rights.contains(EptRights::EXECUTE_USER),
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::second_stage::SecondStage;
 use crate::state::CpuState;
 use crate::tlb::{Class, Space, Tlb};
 use arch::control_registers::{Cr0, Cr4, Dr7, Efer, Rflags};
+use arch::controls::Eptp;
 use arch::cpuid::{Feature, Features};
 use arch::exception::Exception;
 use arch::exit::VmExit;
@@ -184,6 +185,12 @@ pub struct Vcpu {
     pub(crate) step_alone: bool,
     /// Offset and size of a write to the APIC-access page by the instruction that executes.
     pub(crate) apic_write: Option<(u32, usize)>,
+    /// The instruction that executes asserted a bus lock.
+    pub(crate) bus_lock: bool,
+    /// The EPT pointer that VMFUNC loaded.
+    pub(crate) switched_eptp: Option<Eptp>,
+    /// Since when events have followed each other without an instruction, in time-stamp ticks.
+    pub(crate) windowless_since: Option<u64>,
     /// A virtual interrupt is recognized.
     pub(crate) has_virtual_interrupt: bool,
     /// Preemption-timer deadline in host time-stamp ticks.
@@ -256,6 +263,9 @@ impl Vcpu {
             alone: false,
             step_alone: false,
             apic_write: None,
+            bus_lock: false,
+            switched_eptp: None,
+            windowless_since: None,
             has_virtual_interrupt: false,
             preemption_deadline: None,
             pause_loop: PauseLoop::default(),
@@ -305,6 +315,12 @@ impl Vcpu {
     /// it exited.
     pub fn take_host_fault(&mut self) -> Option<u64> {
         self.host_fault_gpa.take()
+    }
+
+    /// The EPT pointer that the guest last loaded by VMFUNC, since the last call: the new value of
+    /// [`Controls::eptp`], which the next entry takes from there.
+    pub fn take_switched_eptp(&mut self) -> Option<Eptp> {
+        self.switched_eptp.take()
     }
 
     /// The page-modification log: page addresses whose EPT dirty flag was set, oldest first. The
@@ -492,7 +508,7 @@ impl Vcpu {
             vpid: controls.vpid,
             pcid: if paged { pcid as u16 } else { 0 },
             root: if controls.ept() {
-                controls.eptp.root()
+                self.second_stage.eptp().root()
             } else {
                 controls.shadow_root.root
             },

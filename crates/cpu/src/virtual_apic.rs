@@ -200,14 +200,14 @@ impl Vcpu {
     }
 
     /// Virtual-interrupt delivery, if an interrupt is recognized and may be taken at this
-    /// boundary. Wakes a halted processor.
-    pub(crate) fn deliver_virtual_interrupt(&mut self) -> Option<VmExit> {
+    /// boundary; returns whether. Wakes a halted processor.
+    pub(crate) fn deliver_virtual_interrupt(&mut self) -> Result<bool, VmExit> {
         let shadow = Interruptibility::STI | Interruptibility::MOV_SS;
         let open = self.state.rflags_rest & Rflags::IF.bits() != 0
             && !self.state.interruptibility.intersects(shadow)
             && matches!(self.state.activity, Activity::Active | Activity::Halt);
         if !self.has_virtual_interrupt || !open {
-            return None;
+            return Ok(false);
         }
         let vector = self.state.interrupt_status.requesting();
         self.mark_vector(reg::ISR, vector, true);
@@ -223,7 +223,7 @@ impl Vcpu {
             error_code: None,
             length: 0,
         };
-        self.take_event(event).err()
+        self.take_event(event).map(|()| true)
     }
 
     /// A notification arrived: posted-interrupt processing, or the exit that any other external

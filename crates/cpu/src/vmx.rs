@@ -10,7 +10,9 @@ use crate::state::CoreState;
 use crate::vcpu::{Bus, Cause, Emulated, MmioHint, Observer, Vcpu};
 use arch::addr::Gva;
 use arch::control_registers::Rflags;
-use arch::controls::{Activity, Interruptibility, PinControls, PrimaryControls, SecondaryControls};
+use arch::controls::{
+    Activity, Eptp, Interruptibility, PinControls, PrimaryControls, SecondaryControls,
+};
 use arch::exit::{ExitReason, VmExit};
 use arch::interruption::InterruptionType;
 use arch::paging::{Access, Privilege, Rights, Translation};
@@ -65,7 +67,7 @@ impl Vcpu {
             .secondary(SecondaryControls::VIRTUALIZE_APIC_ACCESSES)
             .then_some(controls.apic_access);
         let log = self.secondary(SecondaryControls::ENABLE_PML);
-        if self.second_stage.select(eptp) | self.second_stage.set_apic_access(apic_access) {
+        if self.select_eptp(eptp) | self.second_stage.set_apic_access(apic_access) {
             self.tlb.flush();
         }
         if log != self.second_stage.pml.is_some() {
@@ -78,11 +80,19 @@ impl Vcpu {
         self.unblocking_nmi = false;
         self.step_alone = false;
         self.apic_write = None;
+        self.bus_lock = false;
+        self.windowless_since = None;
         self.host_fault_gpa = None;
         self.update_mode();
         if self.has_own_business() {
             self.request_own();
         }
+    }
+
+    /// Selects the second stage's tables. Returns whether they changed.
+    pub(crate) fn select_eptp(&mut self, eptp: Option<Eptp>) -> bool {
+        let mode_based = self.secondary(SecondaryControls::MODE_BASED_EXECUTE);
+        self.second_stage.select(eptp, mode_based)
     }
 
     /// Whether something that hangs on instruction boundaries must be looked at before the first
@@ -231,6 +241,9 @@ impl Vcpu {
         }
         if stopped {
             return self.emulation_stopped(saved);
+        }
+        if let Some(exit) = self.exit_behind_instruction() {
+            return Emulated::Exit(exit);
         }
         if self.state.rip != next
             && let Some(observer) = self.observer

@@ -3,6 +3,8 @@
 
 #[path = "system/bench.rs"]
 mod bench;
+#[path = "system/boundaries.rs"]
+mod boundaries;
 #[path = "system/exceptions.rs"]
 mod exceptions;
 #[path = "system/exits.rs"]
@@ -12,6 +14,8 @@ mod guest;
 mod modes;
 #[path = "system/paging.rs"]
 mod paging;
+#[path = "system/reasons.rs"]
+mod reasons;
 #[path = "system/translation.rs"]
 mod translation;
 #[path = "system/virtual_apic.rs"]

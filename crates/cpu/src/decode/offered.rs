@@ -42,6 +42,7 @@ fn has(needed: CpuidFeature, features: &Features) -> bool {
         | C::UDBG => return true,
         // Decided by the handlers: exits or #UD by mode.
         C::VMX | C::SVM | C::INVEPT | C::INVVPID | C::RDPMC => return true,
+        C::SGX1 => return true,
         C::CET_IBT | C::CET_SS => return true,
         C::FPU => Feature::FPU,
         C::TSC => Feature::TSC,
@@ -94,6 +95,7 @@ fn has(needed: CpuidFeature, features: &Features) -> bool {
         C::MONITOR => Feature::MONITOR,
         C::VAES => Feature::VAES,
         C::VPCLMULQDQ => Feature::VPCLMULQDQ,
+        C::WAITPKG => Feature::WAITPKG,
         C::GFNI => Feature::GFNI,
         _ => return false,
     };

@@ -2,7 +2,7 @@
 
 use super::Context;
 use super::general::{Choice, by_size, is_immediate, last, next, reg_rm, rm};
-use crate::execute::{control_registers, data, io, msrs, privileged, tables};
+use crate::execute::{control_registers, data, io, msrs, privileged, tables, wait};
 use crate::op::Op;
 use arch::exit::ExitReason;
 use iced_x86::{Code, Mnemonic};
@@ -19,7 +19,7 @@ pub(super) fn system(c: &Context<'_>, op: &mut Op) -> Choice {
                 next(tables::interrupt_flag)
             }
         }
-        Mnemonic::Hlt => last(privileged::hlt),
+        Mnemonic::Hlt => last(wait::hlt),
         Mnemonic::Clts => last(control_registers::clts),
         Mnemonic::Lmsw => {
             rm(c, op, 0);
@@ -111,11 +111,11 @@ pub(super) fn system(c: &Context<'_>, op: &mut Op) -> Choice {
                     (false, false) => data::xchg_reg::<u32>,
                 });
             }
-            next(privileged::pause)
+            next(wait::pause)
         }
         Mnemonic::Monitor | Mnemonic::Mwait => {
             op.aux = u8::from(m == Mnemonic::Mwait);
-            next(privileged::monitor)
+            next(wait::monitor)
         }
         Mnemonic::Invd => last(privileged::cache),
         Mnemonic::Wbinvd | Mnemonic::Wbnoinvd => {
@@ -153,6 +153,18 @@ pub(super) fn system(c: &Context<'_>, op: &mut Op) -> Choice {
             }
             last(io::in_out)
         }
+        Mnemonic::Umonitor => {
+            op.dst = c.offset(0);
+            op.aux = i.op_register(0).size() as u8;
+            next(wait::umonitor)
+        }
+        Mnemonic::Umwait | Mnemonic::Tpause => {
+            op.dst = c.offset(0);
+            op.aux = u8::from(m == Mnemonic::Tpause);
+            next(wait::wait)
+        }
+        Mnemonic::Encls => last(privileged::encls),
+        Mnemonic::Vmfunc => last(privileged::vmfunc),
         Mnemonic::Vmcall | Mnemonic::Vmmcall => last(privileged::vmcall),
         _ => vmx(c, op),
     }

@@ -20,6 +20,7 @@ pub(crate) mod stack;
 pub(crate) mod string;
 pub(crate) mod tables;
 pub(crate) mod transfer;
+pub(crate) mod wait;
 
 use crate::memory::Int;
 use crate::op::{Flow, Op, Stop, flag};

@@ -1,12 +1,12 @@
-//! Time, CPUID, halts, TLB instructions, segment bases, extended control registers, VMX
-//! instructions.
+//! Time, CPUID, TLB instructions, segment bases, extended control registers, VMX instructions.
 
 use super::attempt;
+use crate::host::HostInt;
 use crate::memory::{DATA, Int};
 use crate::op::{Flow, Op, Stop, flag};
 use crate::vcpu::{Cause, Vcpu};
 use arch::control_registers::{Cr4, Xcr0};
-use arch::controls::{PinControls, PrimaryControls, SecondaryControls};
+use arch::controls::{Eptp, PrimaryControls, SecondaryControls, VmFunctions};
 use arch::cpuid::Feature;
 use arch::exit::{ExitReason, VmExit};
 use arch::segment::SegmentName;
@@ -174,65 +174,6 @@ pub(crate) fn rdpmc(cpu: &mut Vcpu, op: &Op) -> Flow {
     Flow::Stop
 }
 
-/// HLT.
-pub(crate) fn hlt(cpu: &mut Vcpu, op: &Op) -> Flow {
-    attempt!(cpu.require_cpl0());
-    if cpu.primary(PrimaryControls::HLT_EXITING) {
-        cpu.exit_for(op, ExitReason::Hlt, 0);
-        return Flow::Stop;
-    }
-    cpu.state.activity = arch::controls::Activity::Halt;
-    cpu.request_own();
-    cpu.end_block(op)
-}
-
-/// PAUSE.
-pub(crate) fn pause(cpu: &mut Vcpu, op: &Op) -> Flow {
-    let exits = cpu.primary(PrimaryControls::PAUSE_EXITING)
-        || cpu.secondary(SecondaryControls::PAUSE_LOOP_EXITING)
-            && cpu.cpl() == 0
-            && cpu.pause_loop_exits();
-    if exits {
-        cpu.exit_for(op, ExitReason::Pause, 0);
-        return Flow::Stop;
-    }
-    std::hint::spin_loop();
-    Flow::Next
-}
-
-impl Vcpu {
-    /// Whether this PAUSE is one too many (SDM volume 3, "Controls for PAUSE-Loop Exiting").
-    fn pause_loop_exits(&mut self) -> bool {
-        // SAFETY: as in `guest_tsc`.
-        let now = unsafe { core::arch::x86_64::_rdtsc() };
-        let (gap, window) = (self.controls().ple_gap, self.controls().ple_window);
-        let detector = &mut self.pause_loop;
-        if now.wrapping_sub(detector.last) > gap.into() {
-            detector.first = now;
-        }
-        detector.last = now;
-        now.wrapping_sub(detector.first) > window.into()
-    }
-}
-
-/// MONITOR (`aux` 0) and MWAIT (1).
-pub(crate) fn monitor(cpu: &mut Vcpu, op: &Op) -> Flow {
-    if !cpu.has(Feature::MONITOR) || cpu.cpl() != 0 {
-        cpu.undefined();
-        return Flow::Stop;
-    }
-    let (control, reason) = if op.aux == 0 {
-        (PrimaryControls::MONITOR_EXITING, ExitReason::Monitor)
-    } else {
-        (PrimaryControls::MWAIT_EXITING, ExitReason::Mwait)
-    };
-    if cpu.primary(control) {
-        cpu.exit_for(op, reason, 0);
-        return Flow::Stop;
-    }
-    Flow::Next
-}
-
 /// INVD (`aux` 0) and WBINVD, WBNOINVD (1).
 pub(crate) fn cache(cpu: &mut Vcpu, op: &Op) -> Flow {
     attempt!(cpu.require_cpl0());
@@ -344,6 +285,67 @@ pub(crate) fn vmcall(cpu: &mut Vcpu, op: &Op) -> Flow {
     Flow::Stop
 }
 
+/// VMFUNC: at any privilege level.
+pub(crate) fn vmfunc(cpu: &mut Vcpu, op: &Op) -> Flow {
+    if !cpu.secondary(SecondaryControls::ENABLE_VMFUNC) {
+        cpu.undefined();
+        return Flow::Stop;
+    }
+    // Function 0, EPTP switching, is the only one there is.
+    let function = cpu.reg::<u32>(0);
+    let enabled = cpu.controls().vm_functions;
+    let switched = function == 0 && enabled.contains(VmFunctions::EPTP_SWITCHING) && {
+        let index = cpu.reg::<u32>(8);
+        cpu.switch_eptp(index)
+    };
+    if !switched {
+        cpu.exit_for(op, ExitReason::Vmfunc, 0);
+        return Flow::Stop;
+    }
+    cpu.end_block(op)
+}
+
+impl Vcpu {
+    /// EPTP switching: loads the pointer at `index` of the list, if it is a good one. Translations
+    /// of the tables that are left stay, under their own tag.
+    fn switch_eptp(&mut self, index: u32) -> bool {
+        const ENTRIES: u32 = 512;
+        if index >= ENTRIES {
+            return false;
+        }
+        let at = self.controls().eptp_list + 8 * u64::from(index);
+        // SAFETY: the address comes from the controls, whose owner keeps the list there; a wrong
+        // one faults and is caught.
+        let Ok(pointer) = (unsafe { u64::load(at) }) else {
+            return false;
+        };
+        let eptp = Eptp(pointer);
+        if !eptp.is_valid() {
+            return false;
+        }
+        self.select_eptp(Some(eptp));
+        self.switched_eptp = Some(eptp);
+        self.update_context();
+        true
+    }
+}
+
+/// ENCLS: an exit, or #GP because no leaf is implemented.
+pub(crate) fn encls(cpu: &mut Vcpu, op: &Op) -> Flow {
+    let offered = cpu.secondary(SecondaryControls::ENCLS_EXITING);
+    if !offered || cpu.real_segments() || cpu.cpl() != 0 {
+        cpu.undefined();
+        return Flow::Stop;
+    }
+    let leaf = cpu.reg::<u32>(0).min(63);
+    if cpu.controls().encls_exiting_bitmap >> leaf & 1 != 0 {
+        cpu.exit_for(op, ExitReason::Encls, 0);
+    } else {
+        cpu.general_protection();
+    }
+    Flow::Stop
+}
+
 /// The other VMX instructions; `aux` is the exit reason. They are #UD while the guest has not
 /// enabled VMX.
 pub(crate) fn vmx(cpu: &mut Vcpu, op: &Op) -> Flow {
@@ -379,29 +381,3 @@ pub(crate) fn clzero(cpu: &mut Vcpu, op: &Op) -> Flow {
     let address = attempt!(cpu.linear(DATA, offset, 64, true));
     cpu.write_bytes(address, DATA, &[0; 64]).into()
 }
-
-impl Vcpu {
-    /// The preemption timer's remaining value, in its own units.
-    pub fn preemption_timer_value(&self) -> Option<u32> {
-        let deadline = self.preemption_deadline?;
-        // SAFETY: as in `guest_tsc`.
-        let now = unsafe { core::arch::x86_64::_rdtsc() };
-        Some((deadline.saturating_sub(now) >> PREEMPTION_SHIFT).min(u32::MAX.into()) as u32)
-    }
-
-    /// Starts the preemption timer, if the controls ask for it.
-    pub(crate) fn start_preemption_timer(&mut self) {
-        let controls = self.controls();
-        if !controls.pin.contains(PinControls::PREEMPTION_TIMER) {
-            self.preemption_deadline = None;
-            return;
-        }
-        let ticks = u64::from(controls.preemption_timer) << PREEMPTION_SHIFT;
-        // SAFETY: as in `guest_tsc`.
-        let now = unsafe { core::arch::x86_64::_rdtsc() };
-        self.preemption_deadline = Some(now.wrapping_add(ticks));
-    }
-}
-
-/// log2 of the time-stamp ticks in a unit of the preemption timer.
-pub(crate) const PREEMPTION_SHIFT: u32 = 5;

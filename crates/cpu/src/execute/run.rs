@@ -335,8 +335,14 @@ impl Vcpu {
         self.attention
             .flags
             .fetch_and(!request::OWN, Ordering::SeqCst);
-        if let Some(exit) = self.interruptions() {
-            return Some(exit);
+        match self.interruptions() {
+            Ok(false) => {}
+            Ok(true) => {
+                // The delivery may have raised the next event, which comes before the handler.
+                self.request_own();
+                return None;
+            }
+            Err(exit) => return Some(exit),
         }
         if self.must_step() || self.step_alone {
             self.request_own();
@@ -359,42 +365,44 @@ impl Vcpu {
     }
 
     /// Pending debug exceptions, windows, inactivity: in the order of the SDM's "Priority Among
-    /// Simultaneous Exceptions and Interrupts".
-    fn interruptions(&mut self) -> Option<VmExit> {
+    /// Simultaneous Exceptions and Interrupts". Returns whether an event was delivered.
+    fn interruptions(&mut self) -> Result<bool, VmExit> {
         let blocking = self.state.interruptibility;
         let shadow = blocking.intersects(Interruptibility::STI | Interruptibility::MOV_SS);
-        if self.state.pending_debug != 0
-            && !blocking.contains(Interruptibility::MOV_SS)
-            && let Some(exit) = self.take_pending_debug()
-        {
-            return Some(exit);
+        if self.state.pending_debug != 0 && !blocking.contains(Interruptibility::MOV_SS) {
+            if let Some(exit) = self.notify_exit() {
+                return Err(exit);
+            }
+            if self.take_pending_debug()? {
+                return Ok(true);
+            }
         }
         if self.preemption_timer_value() == Some(0) {
-            return Some(VmExit::new(ExitReason::PreemptionTimer));
+            return Err(VmExit::new(ExitReason::PreemptionTimer));
         }
         if self.primary(PrimaryControls::NMI_WINDOW_EXITING)
             && !blocking.intersects(Interruptibility::NMI | Interruptibility::MOV_SS)
         {
-            return Some(VmExit::new(ExitReason::NmiWindow));
+            return Err(VmExit::new(ExitReason::NmiWindow));
         }
         if self.primary(PrimaryControls::INTERRUPT_WINDOW_EXITING)
             && !shadow
             && self.state.rflags_rest & Rflags::IF.bits() != 0
         {
-            return Some(VmExit::new(ExitReason::InterruptWindow));
+            return Err(VmExit::new(ExitReason::InterruptWindow));
         }
-        if let Some(exit) = self.deliver_virtual_interrupt() {
-            return Some(exit);
+        if self.deliver_virtual_interrupt()? {
+            return Ok(true);
         }
         if self.state.activity != Activity::Active {
             return self.wait_inactive();
         }
-        None
+        Ok(false)
     }
 
     /// The processor is halted (without HLT exiting), shut down or waiting: only a kick, a
-    /// notification or the preemption timer ends that.
-    fn wait_inactive(&mut self) -> Option<VmExit> {
+    /// notification or the preemption timer ends that. Returns that an event was delivered.
+    fn wait_inactive(&mut self) -> Result<bool, VmExit> {
         loop {
             let flags = self.attention.flags.load(Ordering::SeqCst);
             if flags & request::QUEUE != 0 {
@@ -403,39 +411,40 @@ impl Vcpu {
             if flags & request::KICK != 0 {
                 self.attention.clear_kick();
                 self.request_own();
-                return Some(VmExit::new(ExitReason::ExternalInterrupt));
+                return Err(VmExit::new(ExitReason::ExternalInterrupt));
             }
             if flags & request::NOTIFICATION != 0 {
                 self.attention.clear_notification();
-                let exit = self
-                    .take_notification()
-                    .or_else(|| self.deliver_virtual_interrupt());
-                if exit.is_some() || self.state.activity == Activity::Active {
+                if let Some(exit) = self.take_notification() {
                     self.request_own();
-                    return exit;
+                    return Err(exit);
+                }
+                if self.deliver_virtual_interrupt()? {
+                    return Ok(true);
                 }
             }
             if self.preemption_timer_value() == Some(0) {
                 self.request_own();
-                return Some(VmExit::new(ExitReason::PreemptionTimer));
+                return Err(VmExit::new(ExitReason::PreemptionTimer));
             }
             std::thread::sleep(std::time::Duration::from_micros(50));
         }
     }
 
-    /// Delivers the pending debug exceptions as a trap.
-    fn take_pending_debug(&mut self) -> Option<VmExit> {
+    /// Delivers the pending debug exceptions as a trap, if any of them is enabled; returns whether.
+    fn take_pending_debug(&mut self) -> Result<bool, VmExit> {
         let pending = std::mem::take(&mut self.state.pending_debug);
         let address = pending & (Dr6::B0 | Dr6::B1 | Dr6::B2 | Dr6::B3 | Dr6::BS).bits();
         if pending & Self::PENDING_ENABLED == 0 && pending & Dr6::BS.bits() == 0 {
-            return None;
+            return Ok(false);
         }
         let fault = Fault {
             exception: Exception::Debug,
             error_code: None,
             address,
         };
-        self.take_exception(fault).err()
+        self.state.activity = Activity::Active;
+        self.take_exception(fault).map(|()| true)
     }
 
     /// Whether instructions must be executed one at a time for now.
@@ -474,6 +483,7 @@ impl Vcpu {
         let block = unsafe { &*block };
         self.current = block;
         self.countdown -= 1;
+        self.windowless_since = None;
         // The shadow of STI and MOV SS, and RF, end with this instruction unless it sets them
         // anew; one that faults or exits keeps them.
         let shadow = shadow & (Interruptibility::STI | Interruptibility::MOV_SS);
@@ -493,7 +503,7 @@ impl Vcpu {
             return Some(exit);
         }
         self.request_own();
-        if let Some(exit) = self.emulate_apic_write() {
+        if let Some(exit) = self.exit_behind_instruction() {
             return Some(exit);
         }
         let trap = self.primary(PrimaryControls::MONITOR_TRAP_FLAG);
@@ -518,9 +528,18 @@ impl Vcpu {
                 self.state.rip = self.rip_of(op);
                 // What the page holds stays; what would have followed the instruction does not.
                 self.apic_write = None;
+                self.bus_lock = false;
                 true
             }
         }
+    }
+
+    /// The exit that an instruction which has completed demands.
+    pub(crate) fn exit_behind_instruction(&mut self) -> Option<VmExit> {
+        if std::mem::take(&mut self.bus_lock) {
+            return Some(VmExit::new(ExitReason::BusLock));
+        }
+        self.emulate_apic_write()
     }
 
     /// Whether the instruction that [`Vcpu::execute_single`] executed took effect.

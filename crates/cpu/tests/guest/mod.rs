@@ -109,7 +109,8 @@ impl Ept {
             unsafe {
                 if *entry == 0 {
                     let page = Memory::new(4096);
-                    *entry = page.hva | 7;
+                    // Bit 10 is ignored without mode-based execute control.
+                    *entry = page.hva | 7 | 1 << 10;
                     self.pages.push(page);
                 }
                 table = *entry & 0x000f_ffff_ffff_f000;

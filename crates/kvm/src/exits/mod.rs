@@ -105,6 +105,7 @@ const fn row(reason: ExitReason) -> Row {
         R::Encls => Handle(instructions::undefined),
         R::PmlFull => Never("page-modification logging is off"),
         R::Xsaves | R::Xrstors => Never("the XSS-exiting bitmap is empty"),
+        R::Umwait | R::Tpause => Never("UMWAIT and TPAUSE are not offered"),
         R::BusLock => Never("bus-lock detection is off"),
         R::Notify => Never("notify exiting is off"),
     }
