@@ -5,7 +5,13 @@ use packages::Package;
 use crate::Outcome;
 
 /// What the demonstration and the boot tests need.
-const DEFAULT: [&str; 2] = ["linux-image-cloud-amd64", "busybox-static"];
+const DEFAULT: [&str; 5] = [
+    "linux-image-cloud-amd64",
+    "busybox-static",
+    "linux-image-686-pae:i386",
+    "linux-image-686:i386",
+    "busybox-static:i386",
+];
 
 /// Fetches `names`, or the default.
 pub(crate) fn run(names: &[&str], refresh: bool) -> Outcome {

@@ -57,7 +57,7 @@ pub(crate) struct DemoArgs {
     /// Kernel to boot instead of a package's; its modules are not known then
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
-    /// Debian package to take the kernel and its modules from
+    /// Debian package to take the kernel and its modules from, such as linux-image-686-pae:i386
     #[arg(long, value_name = "NAME", default_value = "linux-image-cloud-amd64")]
     pub(crate) kernel_package: String,
     /// More words for the kernel command line

@@ -1,4 +1,4 @@
-//! Stock Debian kernels boot, work and stop as they should.
+//! Stock Debian kernels boot, work and stop as they should, with EPT and on shadow page tables.
 
 mod common;
 
@@ -6,14 +6,25 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use common::{demo, folder, long_tests, run};
+use common::{Ept, Transcript, demo, folder, run};
 
-#[test]
-fn one_processor_boots_to_power_off_without_a_complaint() {
-    if !long_tests() {
-        return;
-    }
+common::with_and_without_ept! {
+    one_processor_boots_to_power_off_without_a_complaint,
+    two_processors_write_an_ext4_disk_that_the_host_finds_clean,
+    four_processors_under_load_corrupt_nothing,
+    a_crashed_kernel_reboots,
+    every_way_to_reset_has_its_status,
+    a_dozen_modules_load,
+    the_kernel_can_change_its_own_code,
+    the_virtio_console_can_be_the_terminal,
+    the_distribution_kernel_boots_too,
+    a_32_bit_kernel_boots,
+    a_32_bit_kernel_with_pae_boots,
+}
+
+fn one_processor_boots_to_power_off_without_a_complaint(ept: Ept) {
     let transcript = run(&mut demo(
+        ept,
         "one",
         "uname -r; cat /proc/cpuinfo; dmesg | grep -i x2apic",
     ));
@@ -47,12 +58,8 @@ fn one_processor_boots_to_power_off_without_a_complaint() {
     }
 }
 
-#[test]
-fn two_processors_write_an_ext4_disk_that_the_host_finds_clean() {
-    if !long_tests() {
-        return;
-    }
-    let disk = folder("two-disk").join("disk.img");
+fn two_processors_write_an_ext4_disk_that_the_host_finds_clean(ept: Ept) {
+    let disk = folder(&ept.name("two-disk")).join("disk.img");
     fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
     tool("mke2fs", &["-q", "-t", "ext4"], &disk);
     let script = "
@@ -62,7 +69,7 @@ fn two_processors_write_an_ext4_disk_that_the_host_finds_clean() {
         mkdir /mnt/folder && seq 1 200 | while read n; do echo $n > /mnt/folder/$n; done
         sync && umount /mnt && echo unmounted
     ";
-    let transcript = run(demo("two", script)
+    let transcript = run(demo(ept, "two", script)
         .args(["--cpus", "2", "--disk"])
         .arg(&disk));
     transcript.expect_status(0).expect_health();
@@ -103,15 +110,20 @@ fn tool(name: &str, arguments: &[&str], image: &Path) {
     assert!(output.status.success(), "{name}: {output:?}");
 }
 
-#[test]
-fn four_processors_under_load_corrupt_nothing() {
-    if !long_tests() {
-        return;
-    }
-    let script = r#"
+fn four_processors_under_load_corrupt_nothing(ept: Ept) {
+    let script = load(60);
+    let transcript = run(demo(ept, "load", &script).args(["--cpus", "4"]));
+    transcript.expect_status(0).expect_health();
+    transcript.expect("Brought up 1 node, 4 CPUs");
+    expect_sound_load(&transcript);
+}
+
+/// A script that keeps six workers busy for some seconds with programs whose results are known.
+fn load(seconds: u32) -> String {
+    let workers = r#"
         seq 1 20000 > /tmp/reference
         expected=$(sha256sum < /tmp/reference)
-        end=$(($(date +%s) + 60))
+        end=$(($(date +%s) + seconds))
         worker() {
             rounds=0
             while [ "$(date +%s)" -lt "$end" ]; do
@@ -127,11 +139,12 @@ fn four_processors_under_load_corrupt_nothing() {
         wait
         echo "all workers done"
     "#;
-    let transcript = run(demo("load", script).args(["--cpus", "4"]));
-    transcript.expect_status(0).expect_health();
-    transcript
-        .expect("Brought up 1 node, 4 CPUs")
-        .expect("all workers done");
+    format!("seconds={seconds}\n{workers}")
+}
+
+/// Asserts that every worker of [`load`] worked, and rightly.
+fn expect_sound_load(transcript: &Transcript) {
+    transcript.expect("all workers done");
     assert!(
         !transcript.console.contains("corrupt:"),
         "{}",
@@ -145,13 +158,9 @@ fn four_processors_under_load_corrupt_nothing() {
     }
 }
 
-#[test]
-fn a_crashed_kernel_reboots() {
-    if !long_tests() {
-        return;
-    }
+fn a_crashed_kernel_reboots(ept: Ept) {
     let script = "echo c > /proc/sysrq-trigger";
-    let transcript = run(demo("crash", script).args(["--append", "panic=1"]));
+    let transcript = run(demo(ept, "crash", script).args(["--append", "panic=1"]));
     transcript
         .expect_status(3)
         .expect("Kernel panic - not syncing: sysrq triggered crash");
@@ -162,25 +171,17 @@ fn a_crashed_kernel_reboots() {
     );
 }
 
-#[test]
-fn every_way_to_reset_has_its_status() {
-    if !long_tests() {
-        return;
-    }
+fn every_way_to_reset_has_its_status(ept: Ept) {
     for (way, status) in [("acpi", 3), ("kbd", 3), ("triple", 4)] {
         let reboot = format!("reboot={way}");
-        let mut command = demo("reset", "reboot -f");
+        let mut command = demo(ept, "reset", "reboot -f");
         run(command.args(["--append", &reboot]))
             .expect_status(status)
             .expect_health();
     }
 }
 
-#[test]
-fn a_dozen_modules_load() {
-    if !long_tests() {
-        return;
-    }
+fn a_dozen_modules_load(ept: Ept) {
     const MODULES: [&str; 12] = [
         "loop",
         "dummy",
@@ -195,7 +196,7 @@ fn a_dozen_modules_load() {
         "nbd",
         "virtio_net",
     ];
-    let mut command = demo("modules", "lsmod; echo \"loaded: $(lsmod | wc -l)\"");
+    let mut command = demo(ept, "modules", "lsmod; echo \"loaded: $(lsmod | wc -l)\"");
     for module in MODULES {
         command.args(["--module", module]);
     }
@@ -211,11 +212,7 @@ fn a_dozen_modules_load() {
     }
 }
 
-#[test]
-fn the_kernel_can_change_its_own_code() {
-    if !long_tests() {
-        return;
-    }
+fn the_kernel_can_change_its_own_code(ept: Ept) {
     // The function tracer patches the entry of every kernel function and back; static keys patch
     // jumps; both with other processors running.
     let script = r#"
@@ -230,32 +227,53 @@ fn the_kernel_can_change_its_own_code() {
         done
         cat /proc/sys/kernel/ftrace_enabled
     "#;
-    let transcript = run(demo("ftrace", script).args(["--cpus", "2"]));
+    let transcript = run(demo(ept, "ftrace", script).args(["--cpus", "2"]));
     transcript.expect_status(0).expect_health();
     for round in 1..=3 {
         transcript.expect(&format!("round {round} traced"));
     }
 }
 
-#[test]
-fn the_virtio_console_can_be_the_terminal() {
-    if !long_tests() {
-        return;
-    }
+fn the_virtio_console_can_be_the_terminal(ept: Ept) {
     let transcript =
-        run(demo("hvc0", "echo on $(readlink /proc/$$/fd/1)").args(["--console", "hvc0"]));
+        run(demo(ept, "hvc0", "echo on $(readlink /proc/$$/fd/1)").args(["--console", "hvc0"]));
     transcript.expect_status(0).expect("on /dev/hvc0");
 }
 
-#[test]
-fn the_distribution_kernel_boots_too() {
-    if !long_tests() {
-        return;
-    }
-    let mut command = demo("distribution", "uname -v");
+fn the_distribution_kernel_boots_too(ept: Ept) {
+    let mut command = demo(ept, "distribution", "uname -v");
     let transcript = run(command.args(["--kernel-package", "linux-image-amd64"]));
     transcript
         .expect_status(0)
         .expect_health()
         .expect("kvm-clock: Using msrs");
+}
+
+fn a_32_bit_kernel_boots(ept: Ept) {
+    boot_32_bit(ept, "linux-image-686", 1);
+    boot_32_bit(ept, "linux-image-686", 4);
+}
+
+fn a_32_bit_kernel_with_pae_boots(ept: Ept) {
+    boot_32_bit(ept, "linux-image-686-pae", 1);
+    boot_32_bit(ept, "linux-image-686-pae", 4);
+}
+
+/// Boots an i386 kernel to an i386 busybox and has both work.
+fn boot_32_bit(ept: Ept, package: &str, cpus: u32) {
+    let script = format!("uname -m\n{}", load(5));
+    let transcript = run(demo(ept, package, &script)
+        .args(["--kernel-package", &format!("{package}:i386")])
+        .args(["--cpus", &cpus.to_string()])
+        // The kernel's tests of its own ciphers are half of the boot.
+        .args(["--append", "cryptomgr.notests"]));
+    transcript
+        .expect_status(0)
+        .expect_health()
+        .expect("\ni686\n")
+        .expect("hypervisor: KVM");
+    if cpus > 1 {
+        transcript.expect(&format!("Brought up 1 node, {cpus} CPUs"));
+    }
+    expect_sound_load(&transcript);
 }

@@ -5,11 +5,15 @@
 //! are used where they are good; where they are missing or stale, lists are fetched into a state
 //! folder inside the cache. Nothing on the machine is installed or changed.
 //!
+//! A package of another architecture (`linux-image-686-pae:i386`) always comes through private
+//! lists: apt plays a machine of that architecture there, so that the machine's own need not know
+//! of it.
+//!
 //! ```text
 //! $EPTIDE_CACHE | $XDG_CACHE_HOME/eptide | ~/.cache/eptide | /tmp/eptide-<user> without a home
 //!   packages/<name asked for>/         unpacked package
 //!   packages/<name asked for>/.package name and version of the package behind it
-//!   apt/                               private lists, made only when needed
+//!   apt/, apt-<architecture>/          private lists, made only when needed
 //! ```
 
 #![forbid(unsafe_code)]
@@ -132,21 +136,33 @@ impl Package {
 
     /// Fetches the current version of a package, whether or not the cache has one.
     pub fn fetch(cache: &Path, name: &str, say: &mut dyn FnMut(&str)) -> Result<Self, Error> {
-        let system = Apt {
-            options: Vec::new(),
-        };
-        match Self::fetch_with(&system, cache, name, say) {
-            Ok(package) => Ok(package),
-            Err(error @ Error::Tool { .. }) => Err(error),
-            Err(error) => {
-                say(&format!(
+        let (plain, architecture) = split_architecture(name);
+        if architecture.is_none() {
+            let system = Apt {
+                options: Vec::new(),
+            };
+            match Self::fetch_with(&system, cache, name, plain, say) {
+                Ok(package) => return Ok(package),
+                Err(error @ Error::Tool { .. }) => return Err(error),
+                Err(error) => say(&format!(
                     "the machine's package lists do not serve ({error})"
-                ));
-                say("fetching package lists into the cache folder");
-                let private = Apt::private(cache)?;
-                private.run("apt-get", ["update"], cache)?;
-                Self::fetch_with(&private, cache, name, say)
+                )),
             }
+        }
+        let private = Apt::private(cache, architecture)?;
+        if architecture.is_some() {
+            // Lists of an earlier fetch may still serve.
+            if let Ok(package) = Self::fetch_with(&private, cache, name, plain, say) {
+                return Ok(package);
+            }
+        }
+        say("fetching package lists into the cache folder");
+        // One bad list of many fails the update as a whole; what counts is whether the rest serve.
+        let updated = private.run("apt-get", ["update"], cache);
+        match (Self::fetch_with(&private, cache, name, plain, say), updated) {
+            (Ok(package), _) => Ok(package),
+            (Err(_), Err(update)) => Err(update),
+            (Err(error), Ok(_)) => Err(error),
         }
     }
 
@@ -154,9 +170,10 @@ impl Package {
         apt: &Apt,
         cache: &Path,
         name: &str,
+        plain: &str,
         say: &mut dyn FnMut(&str),
     ) -> Result<Self, Error> {
-        let real = apt.real_package(name, cache)?;
+        let real = apt.real_package(plain, cache)?;
         let packages = cache.join("packages");
         let work = packages.join(format!(".{name}.{}", std::process::id()));
         let cleaned = Scratch::create(&work)?;
@@ -199,28 +216,46 @@ impl Package {
     }
 }
 
+/// A package's own name and the architecture asked for (`busybox-static:i386`).
+fn split_architecture(name: &str) -> (&str, Option<&str>) {
+    match name.split_once(':') {
+        Some((plain, architecture)) => (plain, Some(architecture)),
+        None => (name, None),
+    }
+}
+
 /// How apt is called.
 struct Apt {
     options: Vec<String>,
 }
 
 impl Apt {
-    /// Lists and archives inside the cache; sources and keys are the machine's.
-    fn private(cache: &Path) -> Result<Self, Error> {
-        let state = cache.join("apt");
+    /// Lists and archives inside the cache; sources and keys are the machine's. With an
+    /// architecture, apt takes itself to be on an empty machine of it.
+    fn private(cache: &Path, architecture: Option<&str>) -> Result<Self, Error> {
+        let state = cache.join(match architecture {
+            None => "apt".into(),
+            Some(architecture) => format!("apt-{architecture}"),
+        });
         for folder in ["state/lists/partial", "cache/archives/partial"] {
             let folder = state.join(folder);
             fs::create_dir_all(&folder).map_err(io_error(&folder))?;
         }
         let state = state.display();
-        Ok(Self {
-            options: vec![
-                format!("Dir::State={state}/state"),
-                format!("Dir::State::lists={state}/state/lists"),
-                "Dir::State::status=/var/lib/dpkg/status".into(),
-                format!("Dir::Cache={state}/cache"),
-            ],
-        })
+        let mut options = vec![
+            format!("Dir::State={state}/state"),
+            format!("Dir::State::lists={state}/state/lists"),
+            format!("Dir::Cache={state}/cache"),
+        ];
+        match architecture {
+            None => options.push("Dir::State::status=/var/lib/dpkg/status".into()),
+            Some(architecture) => options.extend([
+                "Dir::State::status=/dev/null".into(),
+                format!("APT::Architecture={architecture}"),
+                format!("APT::Architectures={architecture}"),
+            ]),
+        }
+        Ok(Self { options })
     }
 
     /// Runs a tool in `folder`; its standard output comes back, its errors go into the error.
@@ -270,20 +305,17 @@ impl Apt {
     /// The package a metapackage such as `linux-image-cloud-amd64` stands for, or `name` itself.
     fn real_package(&self, name: &str, folder: &Path) -> Result<String, Error> {
         fs::create_dir_all(folder).map_err(io_error(folder))?;
-        let (plain, architecture) = name.split_once(':').unwrap_or((name, ""));
-        if !plain.starts_with("linux-image-") {
+        if !name.starts_with("linux-image-") {
             return Ok(name.into());
         }
         let text = self.run("apt-cache", ["depends", name], folder)?;
         let kernel = text
             .lines()
-            .filter_map(|line| line.trim().strip_prefix("Depends: linux-image-"))
-            .map(|rest| rest.split(':').next().unwrap_or(rest))
-            .next();
-        Ok(match (kernel, architecture) {
-            (None, _) => name.into(),
-            (Some(rest), "") => format!("linux-image-{rest}"),
-            (Some(rest), architecture) => format!("linux-image-{rest}:{architecture}"),
+            .find_map(|line| line.trim().strip_prefix("Depends: linux-image-"))
+            .map(|rest| rest.split(':').next().unwrap_or(rest));
+        Ok(match kernel {
+            None => name.into(),
+            Some(rest) => format!("linux-image-{rest}"),
         })
     }
 
@@ -373,6 +405,17 @@ mod tests {
         );
         let missing = package.file("boot", "vmlinuz-").unwrap_err();
         assert!(missing.to_string().contains("boot/vmlinuz-*"), "{missing}");
+    }
+
+    #[test]
+    fn a_name_may_hold_an_architecture() {
+        assert_eq!(split_architecture("busybox"), ("busybox", None));
+        let foreign = split_architecture("busybox:i386");
+        assert_eq!(foreign, ("busybox", Some("i386")));
+        let cache = scratch("foreign");
+        let apt = Apt::private(&cache.0, Some("i386")).unwrap();
+        assert!(apt.options.contains(&"APT::Architecture=i386".to_owned()));
+        assert!(cache.0.join("apt-i386/state/lists/partial").is_dir());
     }
 
     #[test]

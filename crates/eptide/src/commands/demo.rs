@@ -14,7 +14,7 @@ use crate::machine::outcome::Outcome;
 use crate::machine::{ConsoleKind, MachineError};
 use crate::terminal;
 
-/// The package with the guest's user space.
+/// The package with the guest's user space, of the kernel's architecture.
 const BUSYBOX: &str = "busybox-static";
 /// Drivers for the machine's devices.
 const DRIVERS: [&str; 4] = ["virtio_mmio", "virtio_blk", "virtio_rng", "virtio_console"];
@@ -78,7 +78,12 @@ struct Guest {
 
 fn guest(args: &DemoArgs, cache: &Path) -> Result<Guest, DemoError> {
     let mut say = |line: &str| eprintln!("eptide: {line}");
-    let busybox = Package::obtain(cache, BUSYBOX, &mut say)?;
+    let architecture = args.kernel_package.split_once(':');
+    let busybox = match (&args.kernel, architecture) {
+        (None, Some((_, architecture))) => format!("{BUSYBOX}:{architecture}"),
+        _ => BUSYBOX.to_owned(),
+    };
+    let busybox = Package::obtain(cache, &busybox, &mut say)?;
     let (kernel, modules, description) = match &args.kernel {
         Some(kernel) => (kernel.clone(), None, kernel.display().to_string()),
         None => {

@@ -1,8 +1,8 @@
 //! What a kernel finds when it is entered: boot information in memory and registers.
 //!
-//! Two protocols. The Linux 64-bit protocol enters in long mode with identity page tables, a flat
-//! GDT and RSI pointing to the zero page. PVH enters in 32-bit protected mode without paging and
-//! with EBX pointing to `hvm_start_info`.
+//! The Linux 64-bit protocol enters in long mode with identity page tables, a flat GDT and RSI
+//! pointing to the zero page; the Linux 32-bit protocol enters in protected mode without paging and
+//! has the pointer in ESI. PVH is entered like the latter, with EBX pointing to `hvm_start_info`.
 
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
@@ -66,6 +66,7 @@ pub(crate) fn write_boot_info(
             write_zero_page(memory, kernel, initrd)?;
             write_page_tables(memory)?;
         }
+        Entry::Linux32(_) => write_zero_page(memory, kernel, initrd)?,
         Entry::Pvh(_) => write_start_info(memory, initrd)?,
     }
     Ok(())
@@ -117,6 +118,9 @@ fn write_zero_page(
     // "Undefined" boot loader: 0xff is the number for one without a registered id.
     params.hdr.type_of_loader = 0xff;
     params.hdr.cmd_line_ptr = COMMAND_LINE as u32;
+    if let Entry::Linux32(start) = kernel.entry {
+        params.hdr.code32_start = start as u32;
+    }
     if let Some(initrd) = initrd {
         params.hdr.ramdisk_image = initrd.start as u32;
         params.hdr.ramdisk_size = initrd.size as u32;
@@ -281,6 +285,11 @@ pub(crate) fn registers(entry: Entry) -> kvm_regs {
             rsi: ZERO_PAGE,
             ..common
         },
+        Entry::Linux32(rip) => kvm_regs {
+            rip,
+            rsi: ZERO_PAGE,
+            ..common
+        },
         Entry::Pvh(rip) => kvm_regs {
             rip,
             rbx: PVH_START_INFO,
@@ -310,7 +319,7 @@ pub(crate) fn special_registers(entry: Entry, mut sregs: kvm_sregs) -> kvm_sregs
             sregs.cr4 = CR4_PAE;
             sregs.efer = EFER_LME | EFER_LMA;
         }
-        Entry::Pvh(_) => {
+        Entry::Linux32(_) | Entry::Pvh(_) => {
             sregs.cr0 = CR0_PE | CR0_ET;
             sregs.cr3 = 0;
             sregs.cr4 = 0;

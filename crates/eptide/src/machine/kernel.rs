@@ -21,6 +21,8 @@ const SETUP_HEADER: u64 = 0x1f1;
 const HDRS: u32 = u32::from_le_bytes(*b"HdrS");
 /// The 64-bit entry point's distance from the load address.
 const ENTRY_64: u64 = 0x200;
+/// `loadflags`: the protected-mode code is for 1 MiB and above.
+const LOADED_HIGH: u8 = 1;
 /// `xloadflags`: the kernel has a 64-bit entry point.
 const XLF_KERNEL_64: u16 = 1;
 /// Where a bzImage goes that cannot be relocated or has no room at its preferred address.
@@ -31,7 +33,7 @@ const FALLBACK_ALIGN: u64 = 0x20_0000;
 pub(crate) enum Protocol {
     /// PVH for an ELF file that has the note, the Linux protocol otherwise.
     Auto,
-    /// The Linux 64-bit protocol.
+    /// The Linux protocol: its 64-bit entry where the kernel has one, else its 32-bit entry.
     Linux,
     /// The PVH protocol of ELF files.
     Pvh,
@@ -42,6 +44,8 @@ pub(crate) enum Protocol {
 pub(crate) enum Entry {
     /// 64-bit mode, RSI points to the zero page.
     Linux64(u64),
+    /// 32-bit protected mode, ESI points to the zero page.
+    Linux32(u64),
     /// 32-bit protected mode, EBX points to the start info.
     Pvh(u64),
 }
@@ -87,10 +91,7 @@ pub(crate) enum KernelError {
         actual: u64,
     },
     /// A 32-bit ELF file.
-    #[error(
-        "kernel {0}: a 32-bit ELF file; only 64-bit kernels (ELF64 for x86-64, or a bzImage with a \
-         64-bit entry point) can be booted"
-    )]
+    #[error("kernel {0}: a 32-bit ELF file; a 32-bit kernel boots as a bzImage (vmlinuz)")]
     Elf32(PathBuf),
     /// An ELF file for another machine.
     #[error("kernel {path}: an ELF file for machine type {machine}, not for x86-64 (62)")]
@@ -100,9 +101,18 @@ pub(crate) enum KernelError {
         /// `e_machine`.
         machine: u16,
     },
-    /// A bzImage without a 64-bit entry point.
-    #[error("kernel {0}: a bzImage without a 64-bit entry point (a 32-bit or pre-3.8 kernel)")]
-    No64BitEntry(PathBuf),
+    /// A bzImage that says too little about itself, or one for low memory (a zImage).
+    #[error(
+        "kernel {path}: boot protocol {}.{:02}; a bzImage of protocol 2.10 or later is needed",
+        version >> 8,
+        version & 0xff
+    )]
+    OldProtocol {
+        /// The file.
+        path: PathBuf,
+        /// `setup_header.version`.
+        version: u16,
+    },
     /// PVH asked for and not offered.
     #[error("kernel {0}: has no PVH entry point; use --protocol linux")]
     NoPvh(PathBuf),
@@ -186,8 +196,11 @@ fn load_bzimage(
     memory: &GuestMemory,
 ) -> Result<LoadedKernel, KernelError> {
     let header = read_setup_header(path, &file)?;
-    if header.version < 0x20c || header.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(KernelError::No64BitEntry(path.into()));
+    if header.version < 0x20a || header.loadflags & LOADED_HIGH == 0 {
+        return Err(KernelError::OldProtocol {
+            path: path.into(),
+            version: header.version,
+        });
     }
     if protocol == Protocol::Pvh {
         return Err(KernelError::NoPvh(path.into()));
@@ -219,8 +232,12 @@ fn load_bzimage(
         Some(GuestAddress(HIGH_MEMORY)),
     )
     .map_err(malformed(path))?;
+    let has_64 = header.version >= 0x20c && header.xloadflags & XLF_KERNEL_64 != 0;
     Ok(LoadedKernel {
-        entry: Entry::Linux64(start + ENTRY_64),
+        entry: match has_64 {
+            true => Entry::Linux64(start + ENTRY_64),
+            false => Entry::Linux32(start),
+        },
         header: loaded.setup_header,
         end: start + u64::from(header.init_size).max(loaded.kernel_end - start),
     })
@@ -473,12 +490,17 @@ mod tests {
     }
 
     #[test]
-    fn a_32_bit_bzimage_is_refused() {
+    fn a_32_bit_bzimage_is_entered_at_its_start() {
         let image = bzimage(4096, |header| header.xloadflags = 0);
-        assert!(matches!(
-            load_bytes(&image, 64 << 20),
-            Err(KernelError::No64BitEntry(_))
-        ));
+        let kernel = load_bytes(&image, 64 << 20).unwrap();
+        assert_eq!(kernel.entry, Entry::Linux32(0x100_0000));
+    }
+
+    #[test]
+    fn an_image_of_an_old_protocol_is_refused_with_its_version() {
+        let image = bzimage(4096, |header| header.version = 0x209);
+        let error = load_bytes(&image, 64 << 20).unwrap_err();
+        assert!(error.to_string().contains("protocol 2.09"), "{error}");
     }
 
     #[test]

@@ -160,11 +160,52 @@ pub(crate) fn eptide() -> Command {
     Command::new(env!("CARGO_BIN_EXE_eptide"))
 }
 
+/// How the hypervisor maps guest memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Ept {
+    /// With EPT.
+    On,
+    /// On shadow page tables.
+    Off,
+}
+
+impl Ept {
+    /// `test` in this mode, as a name for its files.
+    pub(crate) fn name(self, test: &str) -> String {
+        format!("{test}-{self:?}")
+    }
+}
+
+/// Makes two tests that boot kernels of each `fn(Ept)`: `ept::name` and `shadow::name`.
+macro_rules! with_and_without_ept {
+    ($($test:ident,)*) => {
+        $crate::common::with_and_without_ept!(ept, On, $($test),*);
+        $crate::common::with_and_without_ept!(shadow, Off, $($test),*);
+    };
+    ($mode:ident, $ept:ident, $($test:ident),*) => {
+        mod $mode {
+            $(
+                #[test]
+                fn $test() {
+                    if $crate::common::long_tests() {
+                        super::$test($crate::common::Ept::$ept);
+                    }
+                }
+            )*
+        }
+    };
+}
+pub(crate) use with_and_without_ept;
+
 /// `eptide demo` with a script to run in the guest.
-pub(crate) fn demo(test: &str, script: &str) -> Command {
-    let path = folder(test).join("script");
+pub(crate) fn demo(ept: Ept, test: &str, script: &str) -> Command {
+    let path = folder(&ept.name(test)).join("script");
     fs::write(&path, format!("#!/bin/busybox sh\n{script}")).unwrap();
     let mut command = eptide();
     command.arg("demo").arg("--script").arg(path);
+    command.arg(match ept {
+        Ept::On => "--ept=on",
+        Ept::Off => "--ept=off",
+    });
     command
 }
