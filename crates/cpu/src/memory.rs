@@ -18,7 +18,7 @@ use crate::host::{self, HostFault, HostInt};
 use crate::op::Stop;
 use crate::second_stage::{Outcome, Reason};
 use crate::tlb::{Class, Fill};
-use crate::vcpu::{BusResponse, Cause, Vcpu};
+use crate::vcpu::{Bus, BusResponse, Cause, Vcpu};
 use arch::addr::Gva;
 use arch::apic::AccessType;
 use arch::control_registers::{Cr0, Cr4, Rflags};
@@ -150,10 +150,14 @@ impl Vcpu {
             Place::Bus { gpa } => {
                 let mut bytes = [0; 16];
                 self.bus_read(gpa, &mut bytes)?;
-                let found = u128::from_le_bytes(bytes);
-                let value = if found == old { new } else { found };
-                self.bus_write(gpa, &value.to_le_bytes())?;
-                Ok(found)
+                // What is not the value looked for is written back, as long as it stays the same.
+                loop {
+                    let found = u128::from_le_bytes(bytes);
+                    let value = if found == old { new } else { found };
+                    if self.bus_exchange(gpa, &mut bytes, &value.to_le_bytes())? {
+                        return Ok(found);
+                    }
+                }
             }
             Place::Apic { offset } => Err(self.apic_access_exit(AccessType::Write, offset)),
         }
@@ -207,10 +211,17 @@ impl Vcpu {
                 Place::Bus { gpa } => {
                     let mut bytes = [0; 8];
                     self.bus_read(gpa, &mut bytes[..T::SIZE])?;
-                    let (value, result) = compute(T::truncate(u64::from_le_bytes(bytes)));
-                    let value: u64 = value.into();
-                    self.bus_write(gpa, &value.to_le_bytes()[..T::SIZE])?;
-                    Ok(result)
+                    loop {
+                        let (value, result) = compute(T::truncate(u64::from_le_bytes(bytes)));
+                        let value: u64 = value.into();
+                        let (old, new) = (&mut bytes[..T::SIZE], &value.to_le_bytes()[..T::SIZE]);
+                        if !lock {
+                            self.bus_write(gpa, new)?;
+                        } else if !self.bus_exchange(gpa, old, new)? {
+                            continue;
+                        }
+                        return Ok(result);
+                    }
                 }
                 Place::Apic { offset } => {
                     let mut bytes = [0; 8];
@@ -499,23 +510,30 @@ impl Vcpu {
     }
 
     fn bus_read(&mut self, gpa: u64, bytes: &mut [u8]) -> Result<(), Stop> {
+        self.on_bus(|bus| bus.read(gpa, bytes))
+    }
+
+    fn bus_write(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), Stop> {
+        self.on_bus(|bus| bus.write(gpa, bytes))
+    }
+
+    /// True if `old` is what was there and `new` is there now; else `old` is made what is there.
+    fn bus_exchange(&mut self, gpa: u64, old: &mut [u8], new: &[u8]) -> Result<bool, Stop> {
+        let mut found = [0; 16];
+        let found = &mut found[..old.len()];
+        found.copy_from_slice(old);
+        self.on_bus(|bus| bus.compare_exchange(gpa, found, new))?;
+        let is_exchanged = found == old;
+        old.copy_from_slice(found);
+        Ok(is_exchanged)
+    }
+
+    fn on_bus(&mut self, access: impl FnOnce(&mut dyn Bus) -> BusResponse) -> Result<(), Stop> {
         let Some(bus) = self.bus else {
             return Err(self.stop_with(Cause::Unhandled));
         };
         // SAFETY: `bus` is set only while `emulate` runs and points to its argument.
-        match unsafe { &mut *bus.as_ptr() }.read(gpa, bytes) {
-            BusResponse::Done => Ok(()),
-            BusResponse::Later => Err(self.stop_with(Cause::Later)),
-            BusResponse::Fault => Err(self.stop_with(Cause::BusFault)),
-        }
-    }
-
-    fn bus_write(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), Stop> {
-        let Some(bus) = self.bus else {
-            return Err(self.stop_with(Cause::Unhandled));
-        };
-        // SAFETY: as in `bus_read`.
-        match unsafe { &mut *bus.as_ptr() }.write(gpa, bytes) {
+        match access(unsafe { &mut *bus.as_ptr() }) {
             BusResponse::Done => Ok(()),
             BusResponse::Later => Err(self.stop_with(Cause::Later)),
             BusResponse::Fault => Err(self.stop_with(Cause::BusFault)),

@@ -25,6 +25,13 @@ pub trait Bus {
     fn read(&mut self, gpa: u64, data: &mut [u8]) -> BusResponse;
     /// Writes guest-physical memory, likewise.
     fn write(&mut self, gpa: u64, data: &[u8]) -> BusResponse;
+    /// A locked write of up to 16 bytes: `new` is written if the bytes there are `old`, at once and
+    /// atomically; `old` holds what was found. After success the processor accesses nothing any
+    /// more. A device knows no such thing and takes the write.
+    fn compare_exchange(&mut self, gpa: u64, old: &mut [u8], new: &[u8]) -> BusResponse {
+        let _ = old;
+        self.write(gpa, new)
+    }
 }
 
 /// How a [`Bus`] access went.

@@ -76,9 +76,18 @@ struct MmioBus<'a> {
     next_answer: usize,
     asking: Option<Transfer>,
     writes: Vec<Transfer>,
+    /// Where the vCPU is in guest mode, until a locked write.
+    gate: Option<&'a mmu::Gate>,
 }
 
 impl MmioBus<'_> {
+    /// Leaves guest mode.
+    fn leave(&mut self) {
+        if let Some(gate) = self.gate.take() {
+            gate.exit();
+        }
+    }
+
     /// What memory or a device in this process answers.
     fn read_here(&self, gpa: u64, data: &mut [u8]) -> bool {
         if let Some(apic) = self.apic.filter(|apic| apic.decodes(gpa)) {
@@ -133,6 +142,21 @@ impl Bus for MmioBus<'_> {
         self.writes.push(Transfer::new(gpa, data));
         BusResponse::Done
     }
+
+    /// Memory takes it at once: nothing of the instruction can fail any more, and nothing that the
+    /// processor knows of memory is used any more, so that the vCPU can leave guest mode.
+    fn compare_exchange(&mut self, gpa: u64, old: &mut [u8], new: &[u8]) -> BusResponse {
+        self.leave();
+        let exchanged = self
+            .vm
+            .mmu
+            .compare_exchange_guest(self.space, Gpa::new(gpa), old, new);
+        match exchanged {
+            Ok(()) => BusResponse::Done,
+            Err(mmu::AccessError::HostMemory(..)) => BusResponse::Fault,
+            Err(_) => self.write(gpa, new),
+        }
+    }
 }
 
 /// Emulates the instruction at RIP, which accesses MMIO or a write-protected page.
@@ -170,6 +194,7 @@ fn advance(core: &mut Core, vcpu: &Vcpu, observer: Option<&mut dyn cpu::Observer
         }
         core.controls.interruption_info = Default::default();
         let mut answered = std::mem::take(&mut core.emulation.answered);
+        let guest = core.put_processor_registers();
         let mut bus = MmioBus {
             vm: vcpu.vm(),
             apic: vcpu.apic().map(|apic| &**apic),
@@ -178,8 +203,8 @@ fn advance(core: &mut Core, vcpu: &Vcpu, observer: Option<&mut dyn cpu::Observer
             next_answer: 0,
             asking: None,
             writes: Vec::new(),
+            gate: Some(core.mmu.gate()),
         };
-        let guest = core.put_processor_registers();
         for &hint in &core.emulation.more_hints {
             core.cpu.add_hint(hint);
         }
@@ -192,9 +217,9 @@ fn advance(core: &mut Core, vcpu: &Vcpu, observer: Option<&mut dyn cpu::Observer
                 .cpu
                 .emulate(&core.controls, core.emulation.hint(), &mut bus),
         };
-        core.take_guest_registers(guest);
+        bus.leave();
         let (asking, writes) = (bus.asking, bus.writes);
-        core.mmu.gate().exit();
+        core.take_guest_registers(guest);
         core.emulation.answered = answered;
         match result {
             Emulated::Done => {

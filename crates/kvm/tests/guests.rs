@@ -393,7 +393,7 @@ fn written_pages_are_in_the_ring() {
         a.mov(byte_ptr(0x3000), 2)?;
         stop(a)
     });
-    let kvm = kvm::Kvm::new().unwrap();
+    let kvm = system();
     let vm = kvm.create_vm().unwrap();
     let mut cap = kvm_enable_cap {
         cap: KVM_CAP_DIRTY_LOG_RING,

@@ -132,14 +132,46 @@ impl Mmu {
         self.finish(exclusive, owed);
     }
 
-    pub(crate) fn report_write(&self, space: AddressSpace, slot: &Memslot, gpa: Gpa, bytes: &[u8]) {
-        if self.config.shadow {
-            // Whoever shadows a table tracks it and then reads it: with the write before the look
-            // at the tracker, one of the two sees the other.
-            std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
-        }
-        if slot.is_tracked(gpa.gfn()) {
-            self.shadow_written(space, gpa, bytes.len());
+    /// Makes a write to guest memory with all that it means for the log and for those who track the
+    /// page. `write` says whether it wrote.
+    pub(crate) fn write_reported(
+        &self,
+        space: AddressSpace,
+        slot: &Memslot,
+        gpa: Gpa,
+        bytes: &[u8],
+        write: impl FnOnce() -> bool,
+    ) {
+        let gfn = gpa.gfn();
+        let marked = || {
+            let is_written = write();
+            if is_written {
+                self.mark_slot_dirty(slot, gfn);
+            }
+            is_written
+        };
+        let is_written = if self.config.shadow && slot.is_tracked(gfn) {
+            // What was derived from a table goes before the new entry is there: who sees that, and
+            // invalidates the address, must not find the old translation.
+            let exclusive = self.exclusive();
+            self.shadow_written(&exclusive, space, gpa, bytes.len());
+            marked()
+        } else {
+            // The log is taken under the exclusive lock: it sees the write with its mark.
+            let shared = slot.logs_dirty().then(|| self.shared());
+            let is_written = marked();
+            drop(shared);
+            if self.config.shadow {
+                // Whoever shadows a table tracks it and then reads it: with the write before the
+                // second look at the tracker, one of the two sees the other.
+                std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+                if slot.is_tracked(gfn) {
+                    self.shadow_written(&self.exclusive(), space, gpa, bytes.len());
+                }
+            }
+            is_written
+        };
+        if is_written && slot.is_tracked(gfn) {
             for listener in self.write_listeners.load().iter() {
                 listener.page_written(space, gpa, bytes);
             }

@@ -6,6 +6,20 @@ pub(crate) use iced_x86::code_asm::*;
 use kvm::{Kvm, VcpuFd, VmFd};
 use kvm_bindings::*;
 
+/// The system object. In the test program `on_shadow_tables`, which holds the guest tests once more,
+/// its VMs have no EPT.
+pub(crate) fn system() -> Kvm {
+    match env!("CARGO_CRATE_NAME") {
+        "on_shadow_tables" => with_ept(false),
+        _ => Kvm::new().unwrap(),
+    }
+}
+
+/// A system object whose VMs have EPT, or have not.
+pub(crate) fn with_ept(ept: bool) -> Kvm {
+    Kvm::with_options(kvm::Options::default().with_ept(ept))
+}
+
 /// Shared anonymous memory.
 pub(crate) struct Memory {
     pub(crate) base: *mut u8,
@@ -121,7 +135,10 @@ pub(crate) enum Irqchip {
 
 impl Machine {
     pub(crate) fn new(irqchip: Irqchip, vcpus: u64, code: &[u8]) -> Machine {
-        let kvm = Kvm::new().unwrap();
+        Machine::new_in(system(), irqchip, vcpus, code)
+    }
+
+    pub(crate) fn new_in(kvm: Kvm, irqchip: Irqchip, vcpus: u64, code: &[u8]) -> Machine {
         let vm = kvm.create_vm().unwrap();
         Machine::on(kvm, vm, irqchip, vcpus, code)
     }

@@ -23,7 +23,7 @@ use super::entry::Entry;
 use super::fault::index_of;
 use super::page::{ENTRIES, PageId, Place, State};
 use crate::memslot::{AddressSpace, Memslot, Memslots};
-use crate::mmu::Mmu;
+use crate::mmu::{Exclusive, Mmu};
 use crate::vcpu::Vcpu;
 use arch::addr::{Gfn, Gpa, Gva};
 use arch::paging::Level;
@@ -183,13 +183,19 @@ impl Mmu {
         }
     }
 
-    /// A write that KVM made to a tracked page, for the guest or for itself.
-    pub(crate) fn shadow_written(&self, space: AddressSpace, gpa: Gpa, length: usize) {
-        if !self.config.shadow || length == 0 {
+    /// A write that KVM makes to a tracked page, for the guest or for itself: what was derived from
+    /// the entries goes.
+    pub(crate) fn shadow_written(
+        &self,
+        exclusive: &Exclusive<'_>,
+        space: AddressSpace,
+        gpa: Gpa,
+        length: usize,
+    ) {
+        if length == 0 {
             return;
         }
-        let exclusive = self.exclusive();
-        let state = &mut *self.shadow.state(&exclusive);
+        let state = &mut *self.shadow.state(exclusive);
         for id in state.tables_of(space, gpa.gfn()) {
             let page = state.page_mut(id);
             page.writes = page.writes.saturating_add(1);

@@ -1,0 +1,19 @@
+//! The guest tests once more, in VMs without EPT.
+#![allow(clippy::duplicate_mod, reason = "each program has a module of helpers")]
+
+#[path = "events.rs"]
+mod events;
+#[path = "guests.rs"]
+mod guests;
+#[path = "halts.rs"]
+mod halts;
+#[path = "paravirtual.rs"]
+mod paravirtual;
+#[path = "processors.rs"]
+mod processors;
+#[path = "smm.rs"]
+mod smm;
+#[path = "stress.rs"]
+mod stress;
+#[path = "task_switch.rs"]
+mod task_switch;

@@ -1,0 +1,93 @@
+//! Shadow paging as several vCPUs see it.
+
+mod common;
+
+use common::*;
+use eptide_kvm::VcpuExit;
+
+/// A page directory that both vCPUs work on; its entries map 2 MiB pages.
+const DIRECTORY: u64 = 0x1_2000;
+/// What the entry under test maps, and where linear memory has it.
+const PAGE: u64 = 0x4000_0000 - (2 << 20);
+const ENTRY: u64 = DIRECTORY + 8 * 511;
+const ACCESSED: i32 = 5;
+/// A bit that the processor ignores.
+const IGNORED: i32 = 9;
+
+/// One vCPU clears the accessed bit of an entry, uses it, and looks whether the processor set the
+/// bit; the other keeps toggling another bit of the entry. All their writes to the entry are locked,
+/// and nearly all of them are emulated. None may undo what a walk or the other did meanwhile.
+#[test]
+fn locked_writes_to_tables_lose_nothing() {
+    const ROUNDS: i32 = 20_000;
+    let code = assemble(|a| {
+        let mut toggler = a.create_label();
+        let mut again = a.create_label();
+        let mut lost = a.create_label();
+        let mut toggle = a.create_label();
+        a.mov(rbx, ENTRY)?;
+        a.test(rdi, rdi)?;
+        a.jnz(toggler)?;
+
+        a.mov(rsi, PAGE)?;
+        a.mov(ecx, ROUNDS)?;
+        a.set_label(&mut again)?;
+        a.lock().btr(qword_ptr(rbx), ACCESSED)?;
+        a.invlpg(byte_ptr(rsi))?;
+        a.bt(qword_ptr(rbx), ACCESSED)?;
+        a.jc(lost)?;
+        a.mov(al, byte_ptr(rsi))?;
+        a.bt(qword_ptr(rbx), ACCESSED)?;
+        a.jnc(lost)?;
+        a.dec(ecx)?;
+        a.jnz(again)?;
+        a.out(0x80, al)?;
+        a.set_label(&mut lost)?;
+        a.out(0x81, al)?;
+
+        // Every third write goes a different way.
+        a.set_label(&mut toggler)?;
+        a.xor(ecx, ecx)?;
+        a.set_label(&mut toggle)?;
+        a.lock().xor(qword_ptr(rbx), 1 << IGNORED)?;
+        a.mov(rax, qword_ptr(rbx))?;
+        a.mov(rdx, rax)?;
+        a.btc(rdx, IGNORED)?;
+        a.lock().cmpxchg(qword_ptr(rbx), rdx)?;
+        a.mov(rax, qword_ptr(rbx))?;
+        a.inc(rcx)?;
+        a.jmp(toggle)
+    });
+    let machine = Machine::new_in(with_ept(false), Irqchip::None, 2, &code);
+    machine.long_mode(1);
+    let memory = Memory::new(2 << 20);
+    let mut machine = machine;
+    // SAFETY: the memory lives as long as the VM runs.
+    unsafe {
+        let region = memory.region(1, PAGE);
+        machine.vm.set_user_memory_region(region).unwrap();
+    }
+    let mut other = machine.vcpus.pop().unwrap();
+    let mut regs = other.get_regs().unwrap();
+    regs.rdi = 1;
+    other.set_regs(&regs).unwrap();
+    let interrupter = other.interrupter();
+    let toggles = std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            assert_eq!(other.run().unwrap_err().errno(), libc::EINTR);
+            other.get_regs().unwrap().rcx
+        });
+        let outcome = match machine.vcpu().run().unwrap() {
+            VcpuExit::IoOut(port, _) => port,
+            other => panic!("{other:?}"),
+        };
+        while !thread.is_finished() {
+            interrupter.interrupt();
+            std::thread::yield_now();
+        }
+        let left = machine.vcpu().get_regs().unwrap().rcx;
+        assert_eq!(outcome, 0x80, "a bit was lost {left} rounds before the end");
+        thread.join().unwrap()
+    });
+    assert!(toggles > 1000, "the other vCPU hardly ran: {toggles}");
+}
