@@ -8,7 +8,27 @@ use std::process::Command;
 
 use common::{Ept, Transcript, demo, folder, run};
 
-common::with_and_without_ept! {
+/// Makes two tests that boot kernels of each `fn(Ept)`: `ept::name` and `shadow::name`.
+macro_rules! with_and_without_ept {
+    ($($test:ident,)*) => {
+        with_and_without_ept!(ept, On, $($test),*);
+        with_and_without_ept!(shadow, Off, $($test),*);
+    };
+    ($mode:ident, $ept:ident, $($test:ident),*) => {
+        mod $mode {
+            $(
+                #[test]
+                fn $test() {
+                    if super::common::long_tests() {
+                        super::$test(super::common::Ept::$ept);
+                    }
+                }
+            )*
+        }
+    };
+}
+
+with_and_without_ept! {
     one_processor_boots_to_power_off_without_a_complaint,
     two_processors_write_an_ext4_disk_that_the_host_finds_clean,
     four_processors_under_load_corrupt_nothing,

@@ -176,27 +176,6 @@ impl Ept {
     }
 }
 
-/// Makes two tests that boot kernels of each `fn(Ept)`: `ept::name` and `shadow::name`.
-macro_rules! with_and_without_ept {
-    ($($test:ident,)*) => {
-        $crate::common::with_and_without_ept!(ept, On, $($test),*);
-        $crate::common::with_and_without_ept!(shadow, Off, $($test),*);
-    };
-    ($mode:ident, $ept:ident, $($test:ident),*) => {
-        mod $mode {
-            $(
-                #[test]
-                fn $test() {
-                    if $crate::common::long_tests() {
-                        super::$test($crate::common::Ept::$ept);
-                    }
-                }
-            )*
-        }
-    };
-}
-pub(crate) use with_and_without_ept;
-
 /// `eptide demo` with a script to run in the guest.
 pub(crate) fn demo(ept: Ept, test: &str, script: &str) -> Command {
     let path = folder(&ept.name(test)).join("script");
