@@ -10,7 +10,7 @@
 //! exits/    what each VM exit leads to, by the exit table
 //! mmio, port_io, guest_walk      instructions that touch devices
 //! irqchip/  local APIC, I/O APIC, 8259, PIT, routing
-//! mailbox, timers, watch         how events reach a vCPU
+//! mailbox, timers, signals, watch  how events reach a vCPU
 //! msrs, cpuid, clock, pv, regs   what software sees of the processor
 //! smm                            system management mode
 //! eventfd, coalesced             descriptors and rings in place of exits
@@ -40,6 +40,7 @@ mod port_io;
 mod pv;
 mod regs;
 mod run_area;
+mod signals;
 mod smm;
 mod stats;
 pub mod time;
@@ -54,5 +55,5 @@ pub use api::*;
 pub use capabilities::CAP_EXECUTION_TRAPS;
 pub use cpu::Observer;
 pub use error::{Error, Result};
+pub use signals::interrupt_current_thread;
 pub use traps::{ACCESS_TRAP_EXECUTION, AccessBytes, EmulateExit, KVM_EXIT_EMULATE};
-pub use vcpu::interrupt_current_thread;

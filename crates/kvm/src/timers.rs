@@ -68,9 +68,7 @@ impl Timers {
             return;
         }
         let shared = self.shared.clone();
-        let spawned = std::thread::Builder::new()
-            .name("kvm-timers".into())
-            .spawn(move || serve(&shared));
+        let spawned = crate::signals::quiet_thread("kvm-timers", move || serve(&shared));
         if let Ok(spawned) = spawned {
             self.shared.lock().thread = Some(spawned.thread().id());
             *handle = Some(spawned);

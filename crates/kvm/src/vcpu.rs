@@ -20,12 +20,13 @@ use crate::error::{Result, fail};
 use crate::events::{self, Events};
 use crate::exits::{self, Outcome};
 use crate::irqchip::lapic::{self, Effect, Illegal, LocalApic};
-use crate::mailbox::{Kick, Mailbox, Request};
+use crate::mailbox::{Kick, Mailbox};
 use crate::mmio::Emulation;
 use crate::msrs::{self, MsrState};
 use crate::port_io::PortIo;
 use crate::pv::ParavirtualPages;
 use crate::run_area::RunArea;
+use crate::signals;
 use crate::time::GuestTsc;
 use crate::vm::Vm;
 use arch::control_registers::Rflags;
@@ -37,7 +38,6 @@ use arch::segment::SegmentName;
 use cpu::{Controls, CpuState, Flush};
 use kvm_bindings::*;
 use mmu::Entry;
-use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -132,37 +132,6 @@ impl std::fmt::Debug for Vcpu {
         f.debug_struct("Vcpu")
             .field("id", &self.id)
             .finish_non_exhaustive()
-    }
-}
-
-thread_local! {
-    /// The mailbox of the vCPU that runs on this thread, for signal handlers.
-    static CURRENT: Cell<*const Mailbox> = const { Cell::new(std::ptr::null()) };
-}
-
-/// Ends the KVM_RUN that is in progress on the calling thread, if any, with EINTR, as a signal
-/// ends it in the kernel. Async-signal-safe: call it from the handler of the signal.
-pub fn interrupt_current_thread() {
-    let mailbox = CURRENT.with(Cell::get);
-    if !mailbox.is_null() {
-        // SAFETY: the pointer is set only while the vCPU, which owns the mailbox, is borrowed by
-        // a call further up on this thread's stack.
-        unsafe { (*mailbox).post(Request::INTERRUPT_RUN) };
-    }
-}
-
-struct CurrentGuard;
-
-impl CurrentGuard {
-    fn new(mailbox: &Mailbox) -> CurrentGuard {
-        CURRENT.with(|current| current.set(mailbox));
-        CurrentGuard
-    }
-}
-
-impl Drop for CurrentGuard {
-    fn drop(&mut self) {
-        CURRENT.with(|current| current.set(std::ptr::null()));
     }
 }
 
@@ -384,9 +353,11 @@ impl Vcpu {
 
     /// KVM_RUN.
     pub(crate) fn run(&self) -> Result<()> {
+        // Before the lock, so that it is dropped after it.
+        let signals = signals::Run::begin(&self.mailbox);
         let mut core = self.lock();
         self.vm.check_alive()?;
-        let _current = CurrentGuard::new(&self.mailbox);
+        signals.set_mask(core.signal_mask);
         let _ring = crate::dirty_ring::enter(self.ring.as_deref());
         self.running.store(true, Ordering::Relaxed);
         crate::watch::begin(self);
@@ -494,7 +465,7 @@ impl Core {
             let outcome = exits::ioapic_eoi(self, vcpu, vector);
             return self.finish(vcpu, outcome);
         }
-        if vcpu.run_area().immediate_exit() {
+        if self.signal_pending(vcpu) {
             return self.finish(vcpu, Outcome::Interrupted);
         }
         self.has_run = true;

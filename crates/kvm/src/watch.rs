@@ -1,10 +1,8 @@
-//! What a processor in guest mode cannot notice by itself: `immediate_exit` set by a signal
-//! handler, and blocked signals that KVM_SET_SIGNAL_MASK lets through.
+//! What a processor in guest mode cannot notice by itself: `immediate_exit` set by another thread,
+//! blocked signals that KVM_SET_SIGNAL_MASK lets through, and signal handlers that are not covered
+//! yet ([`crate::signals`]).
 //!
-//! In the kernel a signal ends KVM_RUN. Here a handler runs on top of guest execution and returns
-//! into it. Handlers that call [`crate::interrupt_current_thread`] end KVM_RUN at once; for those
-//! that only set `immediate_exit`, one thread looks at every running vCPU a thousand times a
-//! second.
+//! One thread looks at every running vCPU a thousand times a second.
 
 use crate::vcpu::Vcpu;
 use std::sync::{Condvar, Mutex, OnceLock, PoisonError, Weak};
@@ -26,8 +24,7 @@ fn watch() -> &'static Watch {
     static WATCH: OnceLock<&'static Watch> = OnceLock::new();
     WATCH.get_or_init(|| {
         let watch: &'static Watch = Box::leak(Box::default());
-        let thread = std::thread::Builder::new().name("kvm-watch".into());
-        if let Err(error) = thread.spawn(move || watch.serve()) {
+        if let Err(error) = crate::signals::quiet_thread("kvm-watch", || watch.serve()) {
             tracing::warn!(%error, "no watch thread: immediate_exit is seen at exits only");
         }
         watch
@@ -48,6 +45,7 @@ pub(crate) fn begin(vcpu: &Vcpu) {
         return;
     }
     vcpu.is_watched.store(true, Relaxed);
+    crate::signals::cover();
     let watch = watch();
     let mut awake = watch.awake.lock().unwrap_or_else(PoisonError::into_inner);
     if !*awake {
@@ -62,6 +60,9 @@ impl Watch {
         loop {
             std::thread::sleep(INTERVAL);
             let running = self.look();
+            if running {
+                crate::signals::cover();
+            }
             idle = if running { 0 } else { idle + 1 };
             if idle > IDLE_LOOKS {
                 self.rest();

@@ -4,6 +4,7 @@ use crate::events::{self, Events};
 use crate::exits::Outcome;
 use crate::mailbox::{Request, Woken};
 use crate::mmio::Emulation;
+use crate::signals;
 use crate::vcpu::{Core, MpState, Vcpu};
 use arch::control_registers::Cr0;
 use arch::segment::SegmentName;
@@ -159,7 +160,7 @@ impl Core {
                 timeout,
             );
             self.mark_running(vcpu);
-            if woken == Woken::Signal
+            if woken == Woken::Signal && !signals::only_closed()
                 || vcpu.run_area().immediate_exit()
                 || self.signal_pending(vcpu)
             {
@@ -179,22 +180,13 @@ impl Core {
         Outcome::Exit
     }
 
-    /// A signal waits that KVM_SET_SIGNAL_MASK lets through, or user space asked to leave.
+    /// A signal came, or waits and is let through by KVM_SET_SIGNAL_MASK, or user space asked to
+    /// leave.
     pub(super) fn signal_pending(&self, vcpu: &Vcpu) -> bool {
-        if vcpu.run_area().immediate_exit() {
+        if vcpu.run_area().immediate_exit() || signals::arrived() {
             return true;
         }
-        let Some(mask) = self.signal_mask else {
-            return false;
-        };
-        pending_signals() & !mask != 0
+        self.signal_mask
+            .is_some_and(|mask| signals::pending() & !mask != 0)
     }
-}
-
-/// The calling thread's pending blocked signals, bit n-1 for signal n.
-fn pending_signals() -> u64 {
-    let mut set = 0u64;
-    // SAFETY: the kernel writes eight bytes, the size of its signal set.
-    unsafe { libc::syscall(libc::SYS_rt_sigpending, &raw mut set, 8) };
-    set
 }
