@@ -56,6 +56,8 @@ bitflags! {
         const MSR_FILTER = 1 << 17;
         /// Ends a halt without an interrupt (paravirtual kick).
         const UNHALT = 1 << 16;
+        /// The guest accessed the TPR and user space wants to know.
+        const TPR_ACCESS = 1 << 18;
         /// Execution traps changed: what runs now must be checked against them.
         const TRAPS_CHANGED = 1 << 15;
     }

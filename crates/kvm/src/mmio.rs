@@ -45,6 +45,8 @@ impl Transfer {
 #[derive(Debug, Default)]
 pub(crate) struct Emulation {
     hint: Option<(u64, u64)>,
+    /// Where the instruction is.
+    pub(crate) rip: u64,
     /// Further pages that go to the bus, found on the way.
     more_hints: Vec<MmioHint>,
     /// Reads answered so far.
@@ -163,6 +165,7 @@ impl Bus for MmioBus<'_> {
 pub(crate) fn emulate(core: &mut Core, vcpu: &Vcpu, hint: Option<MmioHint>) -> Outcome {
     core.emulation = Emulation {
         hint: hint.map(|h| (h.gva, h.gpa)),
+        rip: core.cpu.state.rip,
         ..Emulation::default()
     };
     advance(core, vcpu, None)
@@ -174,7 +177,10 @@ pub(crate) fn step(core: &mut Core, vcpu: &Vcpu, observer: &mut dyn cpu::Observe
     if let Some(completion) = core.completion.take() {
         return exits::complete(core, vcpu, completion);
     }
-    core.emulation = Emulation::default();
+    core.emulation = Emulation {
+        rip: core.cpu.state.rip,
+        ..Emulation::default()
+    };
     advance(core, vcpu, Some(observer))
 }
 

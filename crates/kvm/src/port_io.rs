@@ -18,6 +18,9 @@ use kvm_bindings::{
 
 /// The most bytes that one exit carries.
 const BATCH: usize = 1024;
+/// The port by which firmware calls a VMM that patches accesses to the TPR. Those VMMs count on
+/// RIP being past the instruction at the exit.
+const VAPIC_PORT: u16 = 0x7e;
 
 /// Port I/O that waits for user space, and an EOI that does.
 #[derive(Clone, Copy, Debug, Default)]
@@ -93,6 +96,12 @@ fn set_accumulator(core: &mut Core, data: &[u8]) {
     );
 }
 
+/// KVM_X86_QUIRK_OUT_7E_INC_RIP is not disabled.
+fn quirk_holds(vcpu: &Vcpu) -> bool {
+    let quirk = kvm_bindings::KVM_X86_QUIRK_OUT_7E_INC_RIP as u64;
+    vcpu.vm().settings().disabled_quirks & quirk == 0
+}
+
 fn to_user(
     core: &mut Core,
     vcpu: &Vcpu,
@@ -112,6 +121,11 @@ fn to_user(
         string,
     });
     core.completion = Some(Completion::PortIo);
+    if access.port == VAPIC_PORT && !access.input && !access.string && quirk_holds(vcpu) {
+        core.port_io.pending = None;
+        core.completion = None;
+        core.skip(exit);
+    }
     let direction = if access.input {
         KVM_EXIT_IO_IN
     } else {

@@ -1,4 +1,4 @@
-//! Pages that guests share with KVM: system time, wall clock, steal time, end of interrupt.
+//! Pages that guests share with KVM: system time, wall clock, steal time, end of interrupt, TPR.
 //!
 //! Source: the kernel's "KVM-specific MSRs".
 
@@ -31,6 +31,8 @@ pub(crate) struct ParavirtualPages {
     eoi: Option<u64>,
     /// The flag is set: the guest may end the interrupt in service by clearing it.
     eoi_offered: bool,
+    /// Where the TPR is kept for the guest (KVM_SET_VAPIC_ADDR), if it is.
+    vapic: Option<u64>,
 }
 
 /// struct kvm_steal_time: u64 steal, u32 version, u32 flags, u8 preempted.
@@ -180,9 +182,42 @@ impl Core {
         self.paravirtual.eoi_offered = false;
     }
 
+    /// KVM_SET_VAPIC_ADDR: keeps the TPR in memory at `gpa`; 0 ends it.
+    pub(crate) fn set_vapic_address(&mut self, vcpu: &Vcpu, gpa: u64) -> crate::Result<()> {
+        if vcpu.apic().is_none() {
+            return crate::error::fail(libc::EINVAL);
+        }
+        if gpa != 0 && self.read_word::<4>(vcpu, gpa).is_none() {
+            return crate::error::fail(libc::EINVAL);
+        }
+        self.paravirtual.vapic = (gpa != 0).then_some(gpa);
+        self.look_for_events = true;
+        Ok(())
+    }
+
+    /// Before an entry: what the guest may do to its interrupts by memory alone.
+    pub(crate) fn offer_to_guest(&mut self, vcpu: &Vcpu) {
+        self.offer_eoi(vcpu);
+        if let (Some(gpa), Some(apic)) = (self.paravirtual.vapic, vcpu.apic()) {
+            self.write_page(vcpu, gpa, &apic.virtual_word());
+        }
+    }
+
+    /// After an exit: what the guest did.
+    pub(crate) fn collect_from_guest(&mut self, vcpu: &Vcpu) {
+        if self.paravirtual.eoi_offered {
+            self.collect_eoi(vcpu);
+        }
+        if let (Some(gpa), Some(apic)) = (self.paravirtual.vapic, vcpu.apic())
+            && let Some([tpr]) = self.read_word(vcpu, gpa)
+        {
+            apic.set_tpr(tpr);
+        }
+    }
+
     /// Before an entry: if ending the interrupt in service has no effect but on the local APIC's
     /// registers, lets the guest end it by clearing a flag in memory.
-    pub(crate) fn offer_eoi(&mut self, vcpu: &Vcpu) {
+    fn offer_eoi(&mut self, vcpu: &Vcpu) {
         let Some(gpa) = self.paravirtual.eoi else {
             return;
         };
@@ -200,10 +235,8 @@ impl Core {
 
     /// After an exit: ends the interrupt if the guest cleared the flag, and withdraws the offer,
     /// which may not hold for what is done before the next entry. That entry looks again.
-    pub(crate) fn collect_eoi(&mut self, vcpu: &Vcpu) {
-        if !std::mem::take(&mut self.paravirtual.eoi_offered) {
-            return;
-        }
+    fn collect_eoi(&mut self, vcpu: &Vcpu) {
+        self.paravirtual.eoi_offered = false;
         let (Some(gpa), Some(apic)) = (self.paravirtual.eoi, vcpu.apic()) else {
             return;
         };

@@ -564,7 +564,7 @@ impl Core {
         self.counters.exits += 1;
         self.counters.by_reason.count(exit.reason);
         self.take_back_event(&exit);
-        self.collect_eoi(vcpu);
+        self.collect_from_guest(vcpu);
         exits::handle(self, vcpu, &exit)
     }
 

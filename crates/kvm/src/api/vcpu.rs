@@ -484,6 +484,22 @@ impl VcpuFd {
         self.core()?.queue_interrupt(&self.vcpu, vector)
     }
 
+    /// KVM_TPR_ACCESS_REPORTING: whether accesses to the TPR in the local APIC's register page end
+    /// KVM_RUN with KVM_EXIT_TPR_ACCESS.
+    pub fn set_tpr_access_reporting(&self, enabled: bool) -> Result<()> {
+        self.vcpu.vm().check_alive()?;
+        // Without a local APIC in this process there is nothing to report.
+        if let Some(apic) = self.vcpu.apic() {
+            apic.set_tpr_reporting(enabled);
+        }
+        Ok(())
+    }
+
+    /// KVM_SET_VAPIC_ADDR: where the TPR is kept in memory for the guest; 0 for nowhere.
+    pub fn set_vapic_address(&self, gpa: u64) -> Result<()> {
+        self.core()?.set_vapic_address(&self.vcpu, gpa)
+    }
+
     /// KVM_X86_SETUP_MCE.
     pub fn setup_mce(&self, mcg_cap: u64) -> Result<()> {
         self.core()?.setup_mce(mcg_cap)

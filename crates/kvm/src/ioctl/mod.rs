@@ -104,7 +104,7 @@ pub fn documentation() -> String {
                 row.name,
                 row.request(),
                 row.capability
-                    .map_or(String::new(), |name| format!("`{name}`")),
+                    .map_or(String::new(), |(name, _)| format!("`{name}`")),
                 row.doc
             );
         }

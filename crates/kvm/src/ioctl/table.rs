@@ -11,6 +11,8 @@ use crate::{capabilities, cpuid, msrs};
 use kvm_bindings::*;
 use std::mem::offset_of;
 
+use crate::CAP_EXECUTION_TRAPS as EPTIDE_CAP_EXECUTION_TRAPS;
+
 /// The object an ioctl is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -56,8 +58,8 @@ pub struct Row {
     pub size: u32,
     /// Its name.
     pub name: &'static str,
-    /// The capability that announces it.
-    pub capability: Option<&'static str>,
+    /// Name and number of the capability that announces it.
+    pub capability: Option<(&'static str, u32)>,
     /// What it does here, in a sentence.
     pub doc: &'static str,
     pub(super) handler: Handler,
@@ -94,7 +96,7 @@ macro_rules! table {
                 direction: direction!($($argument)*).0,
                 size: direction!($($argument)*).1,
                 name: stringify!($name),
-                capability: [$(Some(stringify!($capability)),)? None][0],
+                capability: [$(Some((stringify!($capability), $capability)),)? None][0],
                 doc: $doc,
                 handler: Handler::$kind($handler),
             },
@@ -399,6 +401,7 @@ table! {
         0xc6 KVM_X86_SET_MSR_FILTER (write kvm_msr_filter) [KVM_CAP_X86_MSR_FILTER] "Which MSRs the guest may touch." => set_msr_filter;
         0xc7 KVM_RESET_DIRTY_RINGS (none) [KVM_CAP_DIRTY_LOG_RING] "Protects the pages that user space has collected from the rings." => |vm, _| value(vm.reset_dirty_rings()?);
         0xce KVM_GET_STATS_FD (none) [KVM_CAP_BINARY_STATS_FD] "A file of the MMU's counters." => |vm, _| vm.get_stats_fd().map(Answer::Descriptor);
+        0xe0 KVM_CREATE_DEVICE (both kvm_create_device) [KVM_CAP_DEVICE_CTRL] "ENODEV: no kind of device exists that is made this way, as in a KVM without VFIO." => |_, at| take(at, |_: kvm_create_device| fail(libc::ENODEV));
         0xf0 EPTIDE_SET_ACCESS (write AccessBytes) [EPTIDE_CAP_EXECUTION_TRAPS] "Sets the access byte of each page of a range: 1 traps execution. In force before the next instruction of any vCPU." => set_access;
         0xf1 EPTIDE_GET_ACCESS (write AccessBytes) [EPTIDE_CAP_EXECUTION_TRAPS] "Reads the access bytes of a range." => get_access;
     }
@@ -433,6 +436,13 @@ table! {
         0x8f KVM_SET_LAPIC (write kvm_lapic_state) [KVM_CAP_IRQCHIP] "Sets the registers of the local APIC." => |vcpu, at| take(at, |lapic| vcpu.set_lapic(&lapic));
         0x90 KVM_SET_CPUID2 (write kvm_cpuid2) [KVM_CAP_EXT_CPUID] "The guest's CPUID; refused if it changes after the guest has run." => take_cpuid;
         0x91 KVM_GET_CPUID2 (both kvm_cpuid2) [KVM_CAP_EXT_CPUID] "The guest's CPUID." => |vcpu, at| give_cpuid(at, &vcpu.cpuid_entries()?);
+        0x92 KVM_TPR_ACCESS_REPORTING (both kvm_tpr_access_ctl) [KVM_CAP_VAPIC] "Whether accesses to the TPR of the xAPIC page end KVM_RUN." => |vcpu, at| take(at, |control: kvm_tpr_access_ctl| {
+            if control.flags != 0 {
+                return fail(libc::EINVAL);
+            }
+            vcpu.set_tpr_access_reporting(control.enabled != 0)
+        });
+        0x93 KVM_SET_VAPIC_ADDR (write kvm_vapic_addr) [KVM_CAP_VAPIC] "Where the TPR is kept in memory for the guest." => |vcpu, at| take(at, |address: kvm_vapic_addr| vcpu.set_vapic_address(address.vapic_addr));
         0x98 KVM_GET_MP_STATE (read kvm_mp_state) [KVM_CAP_MP_STATE] "Whether the vCPU runs, halts or waits." => |vcpu, at| give(at, vcpu.get_mp_state());
         0x99 KVM_SET_MP_STATE (write kvm_mp_state) [KVM_CAP_MP_STATE] "Sets whether the vCPU runs, halts or waits." => |vcpu, at| take(at, |state| vcpu.set_mp_state(state));
         0x9a KVM_NMI (none) [KVM_CAP_USER_NMI] "Sends an NMI." => |vcpu, _| vcpu.nmi().and(DONE);

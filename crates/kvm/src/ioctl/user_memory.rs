@@ -27,6 +27,8 @@ plain!(
     u32,
     u64,
     kvm_clear_dirty_log,
+    kvm_tpr_access_ctl,
+    kvm_vapic_addr,
     kvm_clock_data,
     kvm_coalesced_mmio_zone,
     kvm_cpuid_entry,

@@ -11,6 +11,7 @@
 //! Source: SDM volume 3, "Advanced Programmable Interrupt Controller (APIC)".
 
 mod registers;
+mod task_priority;
 
 use super::lapic_timer::ApicTimer;
 use super::message::{Delivery, DeliveryMode, Message, Shorthand};
@@ -22,6 +23,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 pub use arch::apic::reg;
+pub use task_priority::TprAccess;
+use task_priority::TprReports;
 
 /// The xAPIC page's address at reset.
 pub const DEFAULT_BASE: u64 = 0xfee0_0000;
@@ -103,6 +106,7 @@ pub struct LocalApic {
     address: Address,
     mailbox: Arc<Mailbox>,
     timer: Timer,
+    tpr_reports: TprReports,
 }
 
 impl State {
@@ -260,6 +264,7 @@ impl LocalApic {
                 },
                 mailbox,
                 timer: timers.register(target),
+                tpr_reports: TprReports::default(),
             };
             apic.publish(&apic.lock());
             apic
@@ -513,17 +518,6 @@ impl LocalApic {
         state.set_bit(reg::ISR, vector, true);
         state.update_ppr();
         Some(vector)
-    }
-
-    /// CR8: the upper four bits of the TPR.
-    pub fn cr8(&self) -> u64 {
-        (self.lock().get(reg::TPR) >> 4 & 0xf) as u64
-    }
-
-    /// Sets CR8.
-    pub fn set_cr8(&self, value: u64) {
-        self.lock().set(reg::TPR, (value as u32 & 0xf) << 4);
-        self.mailbox.post_own(Request::EVENT);
     }
 
     /// Ends the service of the highest vector in service.

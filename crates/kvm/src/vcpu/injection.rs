@@ -129,7 +129,7 @@ impl Core {
                 self.controls.primary |= PrimaryControls::INTERRUPT_WINDOW_EXITING;
             }
         }
-        self.offer_eoi(vcpu);
+        self.offer_to_guest(vcpu);
         self.update_steal_time(vcpu);
         if vcpu.apic().is_none() && vcpu.kvm_run(self).request_interrupt_window != 0 {
             self.controls.primary |= PrimaryControls::INTERRUPT_WINDOW_EXITING;

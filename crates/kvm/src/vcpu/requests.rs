@@ -2,6 +2,7 @@
 
 use crate::events::{self, Events};
 use crate::exits::Outcome;
+use crate::irqchip::lapic::TprAccess;
 use crate::mailbox::{Request, Woken};
 use crate::mmio::Emulation;
 use crate::signals;
@@ -9,7 +10,7 @@ use crate::vcpu::{Core, MpState, Vcpu};
 use arch::control_registers::Cr0;
 use arch::segment::SegmentName;
 use cpu::{CpuState, Flush, Gpr};
-use kvm_bindings::KVM_EXIT_HLT;
+use kvm_bindings::{KVM_EXIT_HLT, KVM_EXIT_TPR_ACCESS, kvm_run__bindgen_ty_1__bindgen_ty_9};
 
 impl Core {
     /// Does what the mailbox asks for.
@@ -50,10 +51,29 @@ impl Core {
             self.kicked = true;
         }
         self.start_up_requests(vcpu);
+        if mailbox.take(Request::TPR_ACCESS) {
+            return self.report_tpr_access(vcpu);
+        }
         if mailbox.take(Request::INTERRUPT_RUN) || self.signal_pending(vcpu) {
             return Outcome::Interrupted;
         }
         Outcome::Resume
+    }
+
+    /// KVM_EXIT_TPR_ACCESS.
+    fn report_tpr_access(&mut self, vcpu: &Vcpu) -> Outcome {
+        let Some(apic) = vcpu.apic() else {
+            return Outcome::Resume;
+        };
+        let rip = self.emulation.rip;
+        let run = vcpu.kvm_run(self);
+        run.exit_reason = KVM_EXIT_TPR_ACCESS;
+        run.__bindgen_anon_1.tpr_access = kvm_run__bindgen_ty_1__bindgen_ty_9 {
+            rip,
+            is_write: (apic.tpr_access() == TprAccess::Write) as u32,
+            pad: 0,
+        };
+        Outcome::Exit
     }
 
     /// INIT and start-up IPIs.

@@ -5,6 +5,7 @@ use super::*;
 impl LocalApic {
     /// Reads a register by its xAPIC offset.
     pub fn read(&self, offset: u32) -> Result<u32, Illegal> {
+        self.note_access(offset, TprAccess::Read);
         let mut state = self.lock();
         let x2apic = state.x2apic();
         let exists = match offset {
@@ -49,6 +50,7 @@ impl LocalApic {
 
     /// Writes a register by its xAPIC offset.
     pub fn write(&self, offset: u32, value: u32) -> Result<Effect, Illegal> {
+        self.note_access(offset, TprAccess::Write);
         let mut state = self.lock();
         let x2apic = state.x2apic();
         match offset {
