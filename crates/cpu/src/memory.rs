@@ -19,6 +19,7 @@ use crate::op::Stop;
 use crate::second_stage::{Outcome, Reason};
 use crate::tlb::{Class, Fill};
 use crate::vcpu::{Bus, BusResponse, Cause, Vcpu};
+use crate::walk_cache::CachedTables;
 use arch::addr::Gva;
 use arch::apic::AccessType;
 use arch::control_registers::{Cr0, Cr4, Rflags};
@@ -604,13 +605,14 @@ impl Vcpu {
         } else {
             access
         };
-        let translated = paging.translate(
-            &mut self.second_stage,
-            &root,
-            Gva::new(gva),
-            walked,
-            &privilege,
-        );
+        let space = self.space();
+        let number = self.tlb.number(space);
+        let mut tables = CachedTables {
+            tables: &mut self.second_stage,
+            tag: self.tlb.walks.tag(number),
+            cache: &mut self.tlb.walks,
+        };
+        let translated = paging.translate(&mut tables, &root, Gva::new(gva), walked, &privilege);
         let translation = match translated {
             Ok(translation) => translation,
             Err(GuestError::PageFault(fault)) => {
@@ -698,8 +700,7 @@ impl Vcpu {
             fetch: false,
             shift: translation.page_shift as u8,
         };
-        let space = self.space();
-        let context = self.tlb.context(space, class);
+        let context = number << 2 | class as u64;
         self.tlb.fill(context, &fill);
         if fetch && access.contains(Access::FETCH) {
             (fill.read, fill.write, fill.fetch) = (false, false, true);

@@ -3,9 +3,11 @@
 //! Without EPT the first stage walks host-owned (shadow) tables whose entries already hold host
 //! addresses, so this stage is the identity.
 //!
-//! A small cache keeps recent translations, because a guest walk makes up to five of them.
+//! A small cache keeps recent translations, because a guest walk makes up to five of them; walks
+//! of EPT start at tables that earlier ones reached.
 
 use crate::host::HostInt;
+use crate::walk_cache::{CachedTables, WalkCache};
 use arch::addr::Gpa;
 use arch::controls::Eptp;
 use arch::exit::EptViolation;
@@ -124,6 +126,8 @@ pub(crate) struct SecondStage {
     /// Mode-based execute control is on.
     mode_based: bool,
     cache: Box<[Cached; CACHE]>,
+    /// Tables that recent walks of EPT went through.
+    pub(crate) walk_cache: WalkCache,
     /// Host page of the APIC-access page, or an address that no page has.
     apic_access: u64,
     /// Page-modification log, when it is on.
@@ -143,6 +147,7 @@ impl SecondStage {
             cache: vec![EMPTY; CACHE]
                 .try_into()
                 .unwrap_or_else(|_| unreachable!()),
+            walk_cache: WalkCache::new(),
             apic_access: NO_PAGE,
             pml: None,
             pml_full: false,
@@ -195,10 +200,12 @@ impl SecondStage {
     /// Drops every cached translation.
     pub(crate) fn flush(&mut self) {
         self.cache.fill(EMPTY);
+        self.walk_cache.flush();
     }
 
     /// Drops the cached translations of a range.
     pub(crate) fn flush_range(&mut self, start: u64, len: u64) {
+        self.walk_cache.flush();
         for cached in self.cache.iter_mut() {
             if cached.page.wrapping_sub(start & PAGE_MASK) < len.saturating_add(start & 0xfff) {
                 *cached = EMPTY;
@@ -245,7 +252,12 @@ impl SecondStage {
         }
         self.walks += 1;
         let ept_access = access.in_ept();
-        match paging.translate(&mut HostTables, self.eptp.root(), Gpa::new(gpa), ept_access) {
+        let mut tables = CachedTables {
+            tables: &mut HostTables,
+            tag: self.walk_cache.tag(0),
+            cache: &mut self.walk_cache,
+        };
+        match paging.translate(&mut tables, self.eptp.root(), Gpa::new(gpa), ept_access) {
             Ok(t) => {
                 if logging
                     && t.has_dirtied

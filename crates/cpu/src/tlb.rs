@@ -16,6 +16,7 @@
 //! translation depends on ([`Space`]); dropping one is forgetting its number. Number 1023 is never
 //! given out, so a tag of all ones matches nothing.
 
+use crate::walk_cache::WalkCache;
 use std::collections::VecDeque;
 
 /// Entries of the TLB.
@@ -81,6 +82,8 @@ pub(crate) struct Tlb {
     /// Live address spaces, most recently used first.
     spaces: VecDeque<(Space, u16)>,
     next: u16,
+    /// Caches of the tables that translations are made from, which go with them.
+    pub(crate) walks: WalkCache,
     /// Changes whenever a translation is dropped, so that what was derived from one can be too.
     generation: u64,
 }
@@ -131,6 +134,7 @@ impl Tlb {
                 .unwrap_or_else(|_| unreachable!()),
             spaces: VecDeque::with_capacity(SPACES + 1),
             next: 0,
+            walks: WalkCache::new(),
             generation: 0,
         }
     }
@@ -161,7 +165,8 @@ impl Tlb {
         self.number(space) << 2 | class as u64
     }
 
-    fn number(&mut self, space: Space) -> u64 {
+    /// The number of `space`, which stands for it until it is dropped.
+    pub(crate) fn number(&mut self, space: Space) -> u64 {
         if let Some(at) = self.spaces.iter().position(|(s, _)| *s == space) {
             if at != 0
                 && let Some(found) = self.spaces.remove(at)
@@ -221,6 +226,7 @@ impl Tlb {
         self.info.fill(NO_INFO);
         self.spaces.clear();
         self.next = 0;
+        self.walks.flush();
         self.generation += 1;
     }
 
@@ -231,8 +237,9 @@ impl Tlb {
     }
 
     /// Drops the translations of the page that holds `gva`, of every size and in every address
-    /// space (the architecture lets more be dropped than asked).
+    /// space (the architecture lets more be dropped than asked), and all paging-structure caches.
     pub(crate) fn flush_page(&mut self, gva: u64) {
+        self.walks.flush();
         for slot in 0..ENTRIES {
             let info = self.info[slot];
             // A 4 KiB translation can only be in its own slot.

@@ -296,6 +296,13 @@ impl Vcpu {
         self.tlb.flush();
     }
 
+    /// Whether walks of the guest's tables and of EPT may start at tables that earlier ones reached. They may,
+    /// unless a measurement or a test wants to know what that is worth.
+    pub fn use_walk_caches(&mut self, on: bool) {
+        self.tlb.walks.enable(on);
+        self.second_stage.walk_cache.enable(on);
+    }
+
     /// Drops cached translations.
     pub fn flush(&mut self, flush: Flush) {
         match flush {

@@ -20,3 +20,5 @@ mod reasons;
 mod translation;
 #[path = "system/virtual_apic.rs"]
 mod virtual_apic;
+#[path = "system/walk_caches.rs"]
+mod walk_caches;

@@ -3,7 +3,9 @@
 //! Source: SDM volume 3, "The Extended Page Table Mechanism (EPT)".
 
 use super::format::{bits, entry};
-use super::walk::{Fault, FaultKind, Marked, TableMemory, WalkError, walk};
+use super::walk::{
+    Fault, FaultKind, Marked, TableMemory, WalkError, cached_start, forget_tables, walk, walk_from,
+};
 use super::{Level, Mode, PagingFormat};
 use crate::addr::Gpa;
 use bitflags::bitflags;
@@ -312,17 +314,31 @@ fn run<F: PagingFormat<Rights = EptRights>, M: TableMemory>(
         return Err(violation(access, EptRights::empty(), F::TOP));
     }
     let is_write = access.contains(EptAccess::WRITE);
+    let mut start = cached_start::<F, M>(memory, gpa.get());
     loop {
-        let mut found = match walk(mode, memory, root, gpa.get()) {
+        let walked = match start {
+            Some((level, table)) => walk_from(mode, memory, level, table, gpa.get()),
+            None => walk(mode, memory, root, gpa.get()),
+        };
+        let is_allowed = walked
+            .as_ref()
+            .is_ok_and(|found| allows(found.rights, access));
+        if !is_allowed && start.take().is_some() {
+            // A table that is no longer part of the tables must not be the reason of an exit.
+            forget_tables::<F, M>(memory, gpa.get());
+            continue;
+        }
+        let mut found = match walked {
             Ok(found) => found,
             Err(error) => return Err(walk_error(mode, access, error)),
         };
-        if !allows(found.rights, access) {
+        if !is_allowed {
             return Err(violation(access, found.rights, found.level));
         }
         let was_dirty = found.is_dirty();
         match found.mark(memory, is_write) {
             Ok(Marked::Done { is_dirty }) => {
+                found.remember(memory, gpa.get());
                 return Ok(EptTranslation {
                     address: found.address,
                     level: found.level,

@@ -3,7 +3,9 @@
 //! Source: SDM volume 3, chapter "Paging".
 
 use super::format::{below_page, bits, entry, page_bytes};
-use super::walk::{FaultKind, Marked, TableMemory, Walk, WalkError, walk};
+use super::walk::{
+    FaultKind, Marked, TableMemory, Walk, WalkError, cached_start, forget_tables, walk, walk_from,
+};
 use super::{Access, Level, Mode, PagingFormat, Privilege, Protection, Rights};
 use crate::addr::{Gpa, Gva};
 use crate::control_registers::{Cr0, Cr4, Efer};
@@ -287,16 +289,24 @@ impl Request<'_> {
         memory: &mut M,
         root: u64,
     ) -> Result<Translation, GuestError<M::Error>> {
+        let mut start = cached_start::<F, M>(memory, self.gva);
         loop {
-            let mut found = match walk(mode, memory, root, self.gva) {
-                Ok(found) => found,
+            let walked = match start {
+                Some((level, table)) => walk_from(mode, memory, level, table, self.gva),
+                None => walk(mode, memory, root, self.gva),
+            };
+            let judged = walked.map(|found| (self.judge(&found), found));
+            let is_allowed = matches!(judged, Ok((Ok(()), _)));
+            if !is_allowed && start.take().is_some() {
+                // A table that is no longer part of the tables must not be the reason of a fault.
+                forget_tables::<F, M>(memory, self.gva);
+                continue;
+            }
+            let (verdict, mut found) = match judged {
+                Ok(judged) => judged,
                 Err(error) => return Err(self.walk_error(error)),
             };
-            let key = self.key(&found);
-            let protection = self.paging.protection;
-            if let Err(error_code) =
-                protection.check(found.rights, key, self.access, self.privilege)
-            {
+            if let Err(error_code) = verdict {
                 let fault = PageFault {
                     error_code,
                     level: found.level,
@@ -304,7 +314,10 @@ impl Request<'_> {
                 return Err(GuestError::PageFault(fault));
             }
             match found.mark(memory, self.access.contains(Access::WRITE)) {
-                Ok(Marked::Done { is_dirty }) => return Ok(self.translation(&found, key, is_dirty)),
+                Ok(Marked::Done { is_dirty }) => {
+                    found.remember(memory, self.gva);
+                    return Ok(self.translation(&found, is_dirty));
+                }
                 Ok(Marked::Changed) => {}
                 Err(error) => {
                     return Err(GuestError::Memory {
@@ -314,6 +327,18 @@ impl Request<'_> {
                 }
             }
         }
+    }
+
+    /// Whether the rights allow the access.
+    #[inline(always)]
+    fn judge<F: PagingFormat<Rights = Rights>, H: Copy>(
+        &self,
+        found: &Walk<F, H>,
+    ) -> Result<(), ErrorCode> {
+        let key = self.key(found);
+        self.paging
+            .protection
+            .check(found.rights, key, self.access, self.privilege)
     }
 
     #[inline(always)]
@@ -329,9 +354,9 @@ impl Request<'_> {
     fn translation<F: PagingFormat<Rights = Rights>, H: Copy>(
         &self,
         found: &Walk<F, H>,
-        key: u8,
         is_dirty: bool,
     ) -> Translation {
+        let key = self.key(found);
         let mut rights = found.rights;
         let is_global = self.paging.has_global_pages && leaf(found) & entry::GLOBAL != 0;
         rights.set(Rights::GLOBAL, is_global);

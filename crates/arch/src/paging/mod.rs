@@ -47,4 +47,6 @@ pub use guest::{
 };
 pub use level::Level;
 pub use protection::{Access, Privilege, Protection, Rights};
-pub use walk::{Exchange, Fault, FaultKind, Marked, Step, TableMemory, Walk, WalkError, walk};
+pub use walk::{
+    CachedTable, Exchange, Fault, FaultKind, Marked, Step, TableMemory, Walk, WalkError, walk,
+};

@@ -26,6 +26,28 @@ pub trait TableMemory {
         old: E,
         new: E,
     ) -> Result<Exchange, Self::Error>;
+
+    /// Asks the paging-structure cache, where there is one, for the table at `level` that an
+    /// earlier walk reached. `key` is the address without the bits that index that table and those
+    /// below it.
+    #[inline(always)]
+    fn cached_table(&self, _level: Level, _key: u64) -> Option<CachedTable> {
+        None
+    }
+
+    /// Offers the paging-structure cache a table that a completed walk used, every entry on the way
+    /// to it accessed; `None` takes one out that led to a fault.
+    #[inline(always)]
+    fn cache_table(&mut self, _level: Level, _key: u64, _table: Option<CachedTable>) {}
+}
+
+/// What a paging-structure cache holds: a table and the rights of the way to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CachedTable {
+    /// The table's address.
+    pub address: u64,
+    /// AND of the entries above it, with the format's inverted bits flipped.
+    pub combined: u64,
 }
 
 /// How a compare-exchange of a table entry ended.
@@ -60,6 +82,10 @@ pub struct Walk<F: PagingFormat, H> {
     pub level: Level,
     /// What the combined entries allow.
     pub rights: F::Rights,
+    /// The level at which the walk started.
+    top: Level,
+    /// AND of the entries above `top`.
+    above: u64,
     steps: [Step<F::Entry, H>; Level::COUNT],
     accessed_dirty: bool,
 }
@@ -122,10 +148,61 @@ pub fn walk<F: PagingFormat, M: TableMemory>(
     root: u64,
     address: u64,
 ) -> Result<Walk<F, M::Handle>, WalkError<M::Error>> {
+    let root = CachedTable {
+        address: root,
+        combined: u64::MAX,
+    };
+    walk_from(mode, memory, F::TOP, root, address)
+}
+
+/// The address without the bits that index the table at `level` and those below it.
+#[inline(always)]
+fn table_key<F: PagingFormat>(level: Level, address: u64) -> u64 {
+    address >> (page_shift::<F>(level) + F::INDEX_BITS)
+}
+
+/// The lowest table that the paging-structure cache knows for `address`.
+#[inline(always)]
+pub(super) fn cached_start<F: PagingFormat, M: TableMemory>(
+    memory: &M,
+    address: u64,
+) -> Option<(Level, CachedTable)> {
+    let mut level = Level::PTE;
+    while level < F::TOP {
+        if let Some(table) = memory.cached_table(level, table_key::<F>(level, address)) {
+            return Some((level, table));
+        }
+        level = level.above()?;
+    }
+    None
+}
+
+/// Takes every table for `address` out of the paging-structure cache.
+#[cold]
+pub(super) fn forget_tables<F: PagingFormat, M: TableMemory>(memory: &mut M, address: u64) {
+    let mut level = Level::PTE;
+    while level < F::TOP {
+        memory.cache_table(level, table_key::<F>(level, address), None);
+        match level.above() {
+            Some(above) => level = above,
+            None => return,
+        }
+    }
+}
+
+/// Follows the tables from `start`, which is at level `top`.
+#[inline(always)]
+pub(super) fn walk_from<F: PagingFormat, M: TableMemory>(
+    mode: &Mode<F>,
+    memory: &mut M,
+    top: Level,
+    start: CachedTable,
+    address: u64,
+) -> Result<Walk<F, M::Handle>, WalkError<M::Error>> {
     let mut steps = [Step::default(); Level::COUNT];
-    let mut combined = u64::MAX;
-    let mut table = root;
-    let mut level = F::TOP;
+    let mut combined = start.combined;
+    let mut table = start.address;
+    let mut level = top;
     loop {
         let index = address >> page_shift::<F>(level) & ((1 << F::INDEX_BITS) - 1);
         let at = table | (index * F::Entry::SIZE);
@@ -165,6 +242,8 @@ pub fn walk<F: PagingFormat, M: TableMemory>(
                 address: F::page_address(entry, level) | inside,
                 level,
                 rights: F::rights(mode, combined),
+                top,
+                above: start.combined,
                 steps,
                 accessed_dirty: mode.accessed_dirty,
             });
@@ -185,10 +264,11 @@ impl<F: PagingFormat, H: Copy> Walk<F, H> {
         self.steps[self.level.index()].entry
     }
 
-    /// The entry used at `level`: only levels from the leaf's up to the format's top have one.
+    /// The entry used at `level`: only levels from the leaf's up to the one where the walk started
+    /// have one.
     #[inline(always)]
     pub fn step(&self, level: Level) -> Option<&Step<F::Entry, H>> {
-        if level >= self.level && level <= F::TOP {
+        if level >= self.level && level <= self.top {
             Some(&self.steps[level.index()])
         } else {
             None
@@ -219,7 +299,7 @@ impl<F: PagingFormat, H: Copy> Walk<F, H> {
         if !self.accessed_dirty {
             return 0;
         }
-        (self.level.number()..=F::TOP.number())
+        (self.level.number()..=self.top.number())
             .filter_map(Level::new)
             .filter(|&level| self.missing(level, is_write) != 0)
             .fold(0, |set, level| set | 1 << level.index())
@@ -235,7 +315,7 @@ impl<F: PagingFormat, H: Copy> Walk<F, H> {
         if !self.accessed_dirty {
             return Ok(Marked::Done { is_dirty: true });
         }
-        let mut level = F::TOP;
+        let mut level = self.top;
         loop {
             let missing = self.missing(level, is_write);
             if missing != 0 && self.write_bits(memory, level, missing)? == Exchange::Changed {
@@ -249,6 +329,25 @@ impl<F: PagingFormat, H: Copy> Walk<F, H> {
                     });
                 }
             }
+        }
+    }
+
+    /// Offers the tables that this walk went through, once it is marked, to the paging-structure
+    /// cache.
+    #[inline(always)]
+    pub(super) fn remember<M: TableMemory<Handle = H>>(&self, memory: &mut M, address: u64) {
+        let mut combined = self.above;
+        let mut level = self.top;
+        while level > self.level {
+            let entry = self.steps[level.index()].entry.to_u64();
+            combined &= entry ^ F::INVERTED;
+            let Some(below) = level.below() else { return };
+            let table = CachedTable {
+                address: F::table_address(entry),
+                combined,
+            };
+            memory.cache_table(below, table_key::<F>(below, address), Some(table));
+            level = below;
         }
     }
 
