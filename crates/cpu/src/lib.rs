@@ -13,7 +13,7 @@
 //! | `vmx`, `entry_checks` | VM entry and exit, single-instruction emulation |
 //! | `execute` | the loop and the instruction handlers |
 //! | `decode`, `op`, `code` | bytes to ops, and the cache of them |
-//! | `memory`, `tlb`, `walk_cache`, `second_stage`, `host` | linear address to host access |
+//! | `memory`, `update`, `tlb`, `walk_cache`, `second_stage`, `host` | linear address to host access |
 //! | `event`, `segmentation` | exceptions, interrupts, descriptors |
 //! | `virtual_apic` | virtual interrupts and accesses to the APIC |
 //! | `vector` | x87, SIMD and extended state, by the host's own instructions |
@@ -37,6 +37,7 @@ mod second_stage;
 mod segmentation;
 mod state;
 mod tlb;
+mod update;
 mod vcpu;
 mod vector;
 mod virtual_apic;

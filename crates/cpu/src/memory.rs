@@ -23,7 +23,6 @@ use crate::walk_cache::CachedTables;
 use arch::addr::Gva;
 use arch::apic::AccessType;
 use arch::control_registers::{Cr0, Cr4, Rflags};
-use arch::controls::SecondaryControls;
 use arch::exception::Exception;
 use arch::exit::{EptViolation, ExitReason, VmExit};
 use arch::paging::{Access, GuestError, Privilege, Rights};
@@ -33,7 +32,7 @@ pub(crate) const DATA: u8 = 3;
 /// Segment index of the stack.
 pub(crate) const STACK: u8 = 2;
 
-const PAGE_MASK: u64 = !0xfff;
+pub(crate) const PAGE_MASK: u64 = !0xfff;
 
 /// Where a resolved access goes.
 #[derive(Clone, Copy, Debug)]
@@ -104,66 +103,6 @@ impl Vcpu {
         self.write_slow(gva, segment, value)
     }
 
-    /// Reads `T` at `gva`, computes a new value and writes it, after checking that the write is
-    /// allowed. With `lock` the whole is atomic. Returns what `compute` returned beside the value.
-    #[inline(always)]
-    pub(crate) fn modify<T: Int, R>(
-        &mut self,
-        gva: u64,
-        segment: u8,
-        lock: bool,
-        mut compute: impl FnMut(T) -> (T, R),
-    ) -> Result<R, Stop> {
-        let entry = self.tlb.entry(gva);
-        let last = gva.wrapping_add(T::SIZE as u64 - 1);
-        let split = lock && splits_line(gva, T::SIZE);
-        if entry.write == last & PAGE_MASK | self.context && !split {
-            let hva = gva.wrapping_add(entry.addend);
-            // SAFETY: as in `read`.
-            if let Ok(result) = unsafe { modify_host(hva, lock, &mut compute) } {
-                return Ok(result);
-            }
-        }
-        self.modify_slow(gva, segment, lock, compute)
-    }
-
-    /// CMPXCHG16B's access: `gva` is 16-byte aligned. Returns the value found.
-    pub(crate) fn exchange_16(
-        &mut self,
-        gva: u64,
-        segment: u8,
-        old: u128,
-        new: u128,
-    ) -> Result<u128, Stop> {
-        let access = self.data_access(Access::WRITE);
-        self.check_address(gva, 16, segment)?;
-        match self.resolve_cached(gva, access)? {
-            Place::Ram { hva } => {
-                // SAFETY: `resolve` returns addresses of guest memory only.
-                match unsafe { host::compare_exchange_16(hva, old, new) } {
-                    Ok(found) => {
-                        self.wrote(hva, 16);
-                        Ok(found)
-                    }
-                    Err(HostFault) => Err(self.host_fault(gva, access)),
-                }
-            }
-            Place::Bus { gpa } => {
-                let mut bytes = [0; 16];
-                self.bus_read(gpa, &mut bytes)?;
-                // What is not the value looked for is written back, as long as it stays the same.
-                loop {
-                    let found = u128::from_le_bytes(bytes);
-                    let value = if found == old { new } else { found };
-                    if self.bus_exchange(gpa, &mut bytes, &value.to_le_bytes())? {
-                        return Ok(found);
-                    }
-                }
-            }
-            Place::Apic { offset } => Err(self.apic_access_exit(AccessType::Write, offset)),
-        }
-    }
-
     #[cold]
     #[inline(never)]
     fn read_slow<T: Int>(&mut self, gva: u64, segment: u8) -> Result<T, Stop> {
@@ -177,73 +116,6 @@ impl Vcpu {
     fn write_slow<T: Int>(&mut self, gva: u64, segment: u8, value: T) -> Result<(), Stop> {
         let value: u64 = value.into();
         self.write_bytes(gva, segment, &value.to_le_bytes()[..T::SIZE])
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn modify_slow<T: Int, R>(
-        &mut self,
-        gva: u64,
-        segment: u8,
-        lock: bool,
-        mut compute: impl FnMut(T) -> (T, R),
-    ) -> Result<R, Stop> {
-        let access = self.data_access(Access::WRITE);
-        self.check_address(gva, T::SIZE, segment)?;
-        let asserts_bus_lock = lock
-            && splits_line(gva, T::SIZE)
-            && self.secondary(SecondaryControls::BUS_LOCK_DETECTION);
-        if asserts_bus_lock && !self.alone {
-            return Err(self.stop_with(Cause::Alone));
-        }
-        self.bus_lock = asserts_bus_lock;
-        if !crosses(gva, T::SIZE) {
-            return match self.resolve_cached(gva, access)? {
-                Place::Ram { hva } => {
-                    // SAFETY: `resolve` returns addresses of guest memory only.
-                    match unsafe { modify_host(hva, lock, &mut compute) } {
-                        Ok(result) => {
-                            self.wrote(hva, T::SIZE);
-                            Ok(result)
-                        }
-                        Err(HostFault) => Err(self.host_fault(gva, access)),
-                    }
-                }
-                Place::Bus { gpa } => {
-                    let mut bytes = [0; 8];
-                    self.bus_read(gpa, &mut bytes[..T::SIZE])?;
-                    loop {
-                        let (value, result) = compute(T::truncate(u64::from_le_bytes(bytes)));
-                        let value: u64 = value.into();
-                        let (old, new) = (&mut bytes[..T::SIZE], &value.to_le_bytes()[..T::SIZE]);
-                        if !lock {
-                            self.bus_write(gpa, new)?;
-                        } else if !self.bus_exchange(gpa, old, new)? {
-                            continue;
-                        }
-                        return Ok(result);
-                    }
-                }
-                Place::Apic { offset } => {
-                    let mut bytes = [0; 8];
-                    self.apic_read(offset, &mut bytes[..T::SIZE])?;
-                    let (value, result) = compute(T::truncate(u64::from_le_bytes(bytes)));
-                    let value: u64 = value.into();
-                    self.apic_write(offset, &value.to_le_bytes()[..T::SIZE])?;
-                    Ok(result)
-                }
-            };
-        }
-        // A locked access across pages is atomic with respect to other such accesses only.
-        let machine = self.machine.clone();
-        let _guard = lock.then(|| machine.split_lock());
-        let mut bytes = [0; 8];
-        let places = self.resolve_split(gva, T::SIZE, access)?;
-        self.transfer_in(gva, &places, &mut bytes[..T::SIZE], access)?;
-        let (value, result) = compute(T::truncate(u64::from_le_bytes(bytes)));
-        let value: u64 = value.into();
-        self.transfer_out(gva, &places, &value.to_le_bytes()[..T::SIZE])?;
-        Ok(result)
     }
 
     /// Reads up to 4096 bytes; every page is checked before any byte is read.
@@ -381,7 +253,7 @@ impl Vcpu {
     }
 
     /// Canonical and alignment checks of a data access.
-    fn check_address(&mut self, gva: u64, len: usize, segment: u8) -> Result<(), Stop> {
+    pub(crate) fn check_address(&mut self, gva: u64, len: usize, segment: u8) -> Result<(), Stop> {
         self.check_canonical(gva, len, segment)?;
         if self.user
             && self.state.cr0.contains(Cr0::AM)
@@ -423,7 +295,12 @@ impl Vcpu {
     }
 
     /// Resolves an access that may touch two pages. The second place is meaningful only then.
-    fn resolve_split(&mut self, gva: u64, len: usize, access: Access) -> Result<[Place; 2], Stop> {
+    pub(crate) fn resolve_split(
+        &mut self,
+        gva: u64,
+        len: usize,
+        access: Access,
+    ) -> Result<[Place; 2], Stop> {
         let first = self.resolve_cached(gva, access)?;
         if len == 0 || !crosses(gva, len) {
             return Ok([first, first]);
@@ -449,7 +326,7 @@ impl Vcpu {
         Ok([first, second])
     }
 
-    fn transfer_in(
+    pub(crate) fn transfer_in(
         &mut self,
         gva: u64,
         places: &[Place; 2],
@@ -479,7 +356,12 @@ impl Vcpu {
         Ok(())
     }
 
-    fn transfer_out(&mut self, gva: u64, places: &[Place; 2], bytes: &[u8]) -> Result<(), Stop> {
+    pub(crate) fn transfer_out(
+        &mut self,
+        gva: u64,
+        places: &[Place; 2],
+        bytes: &[u8],
+    ) -> Result<(), Stop> {
         let split = bytes.len().min(0x1000 - (gva & 0xfff) as usize);
         let (head, tail) = bytes.split_at(split);
         for (place, part, gva) in [
@@ -504,22 +386,27 @@ impl Vcpu {
     }
 
     /// After a slow-path write to guest memory: code there is no longer what was decoded.
-    fn wrote(&mut self, hva: u64, len: usize) {
+    pub(crate) fn wrote(&mut self, hva: u64, len: usize) {
         if self.machine.note_store(hva, len as u64) {
             self.code_changed();
         }
     }
 
-    fn bus_read(&mut self, gpa: u64, bytes: &mut [u8]) -> Result<(), Stop> {
+    pub(crate) fn bus_read(&mut self, gpa: u64, bytes: &mut [u8]) -> Result<(), Stop> {
         self.on_bus(|bus| bus.read(gpa, bytes))
     }
 
-    fn bus_write(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), Stop> {
+    pub(crate) fn bus_write(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), Stop> {
         self.on_bus(|bus| bus.write(gpa, bytes))
     }
 
     /// True if `old` is what was there and `new` is there now; else `old` is made what is there.
-    fn bus_exchange(&mut self, gpa: u64, old: &mut [u8], new: &[u8]) -> Result<bool, Stop> {
+    pub(crate) fn bus_exchange(
+        &mut self,
+        gpa: u64,
+        old: &mut [u8],
+        new: &[u8],
+    ) -> Result<bool, Stop> {
         let mut found = [0; 16];
         let found = &mut found[..old.len()];
         found.copy_from_slice(old);
@@ -562,7 +449,7 @@ impl Vcpu {
 
     /// Like [`Vcpu::resolve`], but asks the TLB first: slow accesses (to pages with code, wide or
     /// page-crossing ones) mostly hit it.
-    fn resolve_cached(&mut self, gva: u64, access: Access) -> Result<Place, Stop> {
+    pub(crate) fn resolve_cached(&mut self, gva: u64, access: Access) -> Result<Place, Stop> {
         // An access that is watched, or made with another privilege than the current one, is
         // resolved in full.
         let entry = self.tlb.entry(gva);
@@ -758,7 +645,7 @@ impl Vcpu {
 
     /// Host memory behind a translation is gone: report it as a violation of that page.
     #[cold]
-    fn host_fault(&mut self, gva: u64, access: Access) -> Stop {
+    pub(crate) fn host_fault(&mut self, gva: u64, access: Access) -> Stop {
         self.tlb.flush();
         self.second_stage.flush();
         let root = self.guest_root();
@@ -794,12 +681,6 @@ pub(crate) fn crosses(gva: u64, len: usize) -> bool {
     (gva & 0xfff) as usize + len > 0x1000
 }
 
-/// Whether `len` bytes at `gva` touch two cache lines.
-#[inline(always)]
-fn splits_line(gva: u64, len: usize) -> bool {
-    (gva & 63) as usize + len > 64
-}
-
 fn stage_access(access: Access, user_page: bool) -> crate::second_stage::StageAccess {
     use crate::second_stage::StageAccess;
     if access.contains(Access::WRITE) {
@@ -810,32 +691,6 @@ fn stage_access(access: Access, user_page: bool) -> crate::second_stage::StageAc
         StageAccess::Fetch
     } else {
         StageAccess::Read
-    }
-}
-
-/// # Safety
-/// As for [`HostInt::store`].
-#[inline(always)]
-unsafe fn modify_host<T: Int, R>(
-    hva: u64,
-    lock: bool,
-    compute: &mut impl FnMut(T) -> (T, R),
-) -> Result<R, HostFault> {
-    // SAFETY: as promised by the caller.
-    unsafe {
-        let mut old = T::load(hva)?;
-        loop {
-            let (new, result) = compute(old);
-            if !lock {
-                T::store(hva, new)?;
-                return Ok(result);
-            }
-            let found = T::compare_exchange(hva, old, new)?;
-            if found == old {
-                return Ok(result);
-            }
-            old = found;
-        }
     }
 }
 

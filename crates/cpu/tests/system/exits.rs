@@ -606,6 +606,18 @@ fn single_steps_and_breakpoints_trap() {
     assert_eq!(guest.stack(0), CODE + 1);
     assert_eq!(guest.vcpu.state.dr6.bits() & 0xf, 1);
 
+    // A data breakpoint on what is read and written in one.
+    let mut guest = long_guest();
+    guest.load(&assemble(64, CODE, |a| {
+        a.inc(dword_ptr(rcx)).unwrap();
+        a.hlt().unwrap();
+    }));
+    guest.vcpu.state.regs[1] = DATA;
+    guest.vcpu.state.dr[0] = DATA;
+    guest.vcpu.state.dr7 |= arch::control_registers::Dr7::from_bits_retain(2 | 1 << 16);
+    assert_eq!(guest.run_to_handler(), 1);
+    assert_eq!(guest.vcpu.state.dr6.bits() & 0xf, 1);
+
     // A data breakpoint is a trap.
     let mut guest = long_guest();
     guest.load(&assemble(64, CODE, |a| {
