@@ -181,9 +181,11 @@ impl Vcpu {
     /// Delivers one event through the IDT (or the real-mode vector table).
     fn deliver(&mut self, event: Event) -> Result<(), Stop> {
         self.vectoring = Some(event);
+        let redirected =
+            event.kind == InterruptionType::SoftwareInterrupt && self.deliver_redirected(&event)?;
         if self.real_mode() {
             self.deliver_real(&event)?;
-        } else {
+        } else if !redirected {
             let gate = self.read_gate(&event)?;
             if self.long_mode {
                 self.deliver_long(&event, &gate)?;

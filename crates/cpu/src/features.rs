@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 /// Features that the interpreter implements itself, whatever the host has.
 const OWN: &[Feature] = &[
     Feature::FPU,
+    Feature::VME,
     Feature::DE,
     Feature::PSE,
     Feature::TSC,

@@ -18,6 +18,8 @@ mod paging;
 mod reasons;
 #[path = "system/translation.rs"]
 mod translation;
+#[path = "system/virtual_8086.rs"]
+mod virtual_8086;
 #[path = "system/virtual_apic.rs"]
 mod virtual_apic;
 #[path = "system/walk_caches.rs"]

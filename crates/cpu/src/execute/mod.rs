@@ -20,6 +20,7 @@ pub(crate) mod stack;
 pub(crate) mod string;
 pub(crate) mod tables;
 pub(crate) mod transfer;
+mod virtual_flag;
 pub(crate) mod wait;
 
 use crate::memory::Int;

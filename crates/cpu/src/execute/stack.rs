@@ -262,11 +262,12 @@ pub(crate) fn leave64(cpu: &mut Vcpu, _op: &Op) -> Flow {
 
 /// PUSHF; `aux` is the operand size.
 pub(crate) fn pushf(cpu: &mut Vcpu, op: &Op) -> Flow {
-    if cpu.v86() && cpu.state.rflags_rest >> 12 & 3 < 3 {
-        cpu.general_protection();
-        return Flow::Stop;
-    }
-    let flags = cpu.state.rflags() & !(Rflags::VM | Rflags::RF).bits();
+    let flags = if attempt!(cpu.flags_image_is_virtual(op.aux)) {
+        cpu.virtual_flags_image()
+    } else {
+        cpu.state.rflags()
+    };
+    let flags = flags & !(Rflags::VM | Rflags::RF).bits();
     cpu.push_sized(flags, op.aux).into()
 }
 
@@ -288,9 +289,12 @@ pub(crate) fn writable_flags(cpu: &Vcpu, size: u8) -> u64 {
 
 /// POPF; `aux` is the operand size.
 pub(crate) fn popf(cpu: &mut Vcpu, op: &Op) -> Flow {
-    if cpu.v86() && cpu.state.rflags_rest >> 12 & 3 < 3 {
-        cpu.general_protection();
-        return Flow::Stop;
+    if attempt!(cpu.flags_image_is_virtual(op.aux)) {
+        let image = attempt!(cpu.peek_sized(0, op.aux));
+        let flags = attempt!(cpu.flags_from_virtual_image(image));
+        cpu.release_stack(op.aux.into());
+        cpu.change_rflags(flags);
+        return cpu.end_block(op);
     }
     let value = attempt!(cpu.pop_sized(op.aux));
     let mask = writable_flags(cpu, op.aux);

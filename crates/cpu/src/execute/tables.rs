@@ -257,6 +257,9 @@ pub(crate) fn arpl(cpu: &mut Vcpu, op: &Op) -> Flow {
 
 /// CLI (`aux` 0) and STI (1).
 pub(crate) fn interrupt_flag(cpu: &mut Vcpu, op: &Op) -> Flow {
+    if cpu.masks_virtually() {
+        return cpu.set_virtual_flag(op.aux == 1).into();
+    }
     let flags = Rflags::from_bits_retain(cpu.state.rflags_rest);
     if !cpu.real_mode() && cpu.cpl() > flags.iopl() {
         cpu.general_protection();

@@ -380,18 +380,25 @@ impl Vcpu {
 
     fn iret_real(&mut self, op: &Op) -> Result<(), Stop> {
         let size = op.aux;
-        if self.v86() && self.state.rflags_rest >> 12 & 3 < 3 {
-            return Err(self.general_protection());
-        }
+        let is_virtual = self.flags_image_is_virtual(size)?;
         let rip = self.peek_sized(0, size)?;
         let selector = self.peek_sized(size.into(), size)? as u16;
         let flags = self.peek_sized(2 * u64::from(size), size)?;
         self.check_code_limit(rip, 1)?;
+        let virtual_flags = if is_virtual {
+            Some(self.flags_from_virtual_image(flags)?)
+        } else {
+            None
+        };
         self.release_stack(3 * u64::from(size));
         let mut cs = self.state.segments[CS];
         cs.selector = selector;
         cs.base = u64::from(selector) << 4;
         self.enter_code(cs, rip);
+        if let Some(flags) = virtual_flags {
+            self.change_rflags(flags);
+            return Ok(());
+        }
         let mut mask = writable_flags(self, size) | Rflags::RF.bits();
         if self.v86() {
             mask &= !(Rflags::IOPL0 | Rflags::IOPL1).bits();
@@ -583,12 +590,8 @@ pub(crate) fn int(cpu: &mut Vcpu, op: &Op) -> Flow {
     {
         return cpu.end_block(op);
     }
-    if cpu.v86()
-        && kind == InterruptionType::SoftwareInterrupt
-        && cpu.state.rflags_rest >> 12 & 3 < 3
-    {
-        cpu.general_protection();
-        return Flow::Stop;
+    if kind == InterruptionType::SoftwareInterrupt {
+        attempt!(cpu.check_software_interrupt(vector));
     }
     let event = Event {
         vector,

@@ -132,7 +132,7 @@ fn unreal_mode_keeps_a_large_limit() {
 }
 
 /// A 32-bit protected-mode guest with flat segments, a GDT and an IDT of halting handlers.
-fn protected_guest() -> Guest {
+pub fn protected_guest() -> Guest {
     let mut guest = Guest::new(0x10_0000);
     let descriptors: [u64; 10] = [
         0,
@@ -188,7 +188,7 @@ fn protected_guest() -> Guest {
     guest
 }
 
-fn to_ring3(guest: &mut Guest) {
+pub fn to_ring3(guest: &mut Guest) {
     let state = &mut guest.vcpu.state;
     for (n, segment) in state.segments.iter_mut().enumerate() {
         segment.access.0 |= 3 << 5;
