@@ -6,6 +6,8 @@
 
 extern crate arch as eptide_arch;
 
+#[path = "../../arch/tests/combinations/mod.rs"]
+mod combinations;
 mod machine;
 #[path = "../../arch/tests/naive/mod.rs"]
 mod naive;
@@ -16,6 +18,7 @@ use arch::page_fault::ErrorCode;
 use arch::paging::{
     Access, GuestControls, GuestError, GuestPaging, GuestRoot, Privilege, entry as x86,
 };
+use combinations::{Format, PAGE, PKRU, ROOT, accesses};
 use eptide_mmu::{
     AddressSpace, Config, Entry, FaultResult, GuestMode, MemoryRegion, Mmu, ShadowResult, Vcpu,
 };
@@ -176,106 +179,7 @@ fn shadow_config() -> Config {
 }
 
 const RAM: u64 = 32 << 20;
-const ROOT: u64 = 0x9_0000;
-const PAGE: u64 = 0x80_0000;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Format {
-    Legacy,
-    Pae,
-    Four,
-    Five,
-}
-
-impl Format {
-    const ALL: [Format; 4] = [Format::Legacy, Format::Pae, Format::Four, Format::Five];
-
-    fn is_long(self) -> bool {
-        matches!(self, Format::Four | Format::Five)
-    }
-    fn levels(self) -> u32 {
-        match self {
-            Format::Legacy | Format::Pae => 2,
-            Format::Four => 4,
-            Format::Five => 5,
-        }
-    }
-    fn index_bits(self) -> u32 {
-        if self == Format::Legacy { 10 } else { 9 }
-    }
-    fn size(self) -> u64 {
-        if self == Format::Legacy { 4 } else { 8 }
-    }
-    fn gva(self) -> u64 {
-        match self {
-            Format::Legacy | Format::Pae => 0xc080_1234,
-            Format::Four => 0x5a << 39 | 3 << 30 | 0x80_1234,
-            Format::Five => 5 << 48 | 0x5a << 39 | 3 << 30 | 0x80_1234,
-        }
-    }
-    fn at(self, level: u32) -> u64 {
-        let table = if level == self.levels() {
-            ROOT
-        } else {
-            u64::from(level) << 16
-        };
-        let shift = 12 + self.index_bits() * (level - 1);
-        table + (self.gva() >> shift & ((1 << self.index_bits()) - 1)) * self.size()
-    }
-
-    fn controls(self, bits: u32) -> GuestControls {
-        let bit = |n: u32| bits >> n & 1 != 0;
-        let mut cr0 = Cr0::PE | Cr0::PG;
-        cr0.set(Cr0::WP, bit(0));
-        let mut cr4 = Cr4::empty();
-        cr4.set(Cr4::SMEP, bit(1));
-        cr4.set(Cr4::SMAP, bit(2));
-        cr4.set(Cr4::PKE, bit(3));
-        cr4.set(Cr4::PSE, bit(5));
-        cr4.set(Cr4::PAE, self != Format::Legacy);
-        cr4.set(Cr4::LA57, self == Format::Five);
-        let mut efer = Efer::empty();
-        efer.set(Efer::NXE, bit(4));
-        efer.set(Efer::LMA | Efer::LME, self.is_long());
-        GuestControls {
-            cr0,
-            cr4,
-            efer,
-            physical_bits: 46,
-            has_1g_pages: true,
-            has_pse36: true,
-        }
-    }
-
-    /// The entry under test at `level`: bits of `n` for present, write, user, NX, accessed, dirty,
-    /// page size, a reserved bit.
-    fn entry(self, n: u64, key: u64, level: u32) -> u64 {
-        let bit = |k: u32, mask: u64| if n >> k & 1 != 0 { mask } else { 0 };
-        let mut entry = bit(0, x86::PRESENT)
-            | bit(1, x86::WRITABLE)
-            | bit(2, x86::USER)
-            | bit(4, x86::ACCESSED)
-            | bit(5, x86::DIRTY)
-            | bit(6, x86::PAGE_SIZE)
-            | key << x86::KEY_SHIFT;
-        if self == Format::Legacy {
-            entry |= bit(7, 1 << 21);
-        } else {
-            entry |= bit(3, x86::NO_EXECUTE) | bit(7, 1 << 51);
-        }
-        let is_leaf = level == 1 || n >> 6 & 1 != 0;
-        let target = match (is_leaf, level) {
-            (true, 3) => 0,
-            (true, _) => PAGE,
-            (false, _) => u64::from(level - 1) << 16,
-        };
-        // In 32-bit paging without PSE it is a link all the same, to a table of zeros.
-        entry | target
-    }
-}
-
-const ACCESSES: [Access; 3] = [Access::empty(), Access::WRITE, Access::FETCH];
-
+const PHYSICAL_BITS: u32 = 46;
 struct Tally {
     cases: u64,
     faults: u64,
@@ -302,46 +206,28 @@ fn enumerate(format: Format, level: u32, stride: usize) -> Tally {
             word
         }
     };
-    let all = x86::PRESENT | x86::WRITABLE | x86::USER | x86::ACCESSED | x86::DIRTY;
-    let keys = if format.is_long() { 3 } else { 1 };
-    let mut cpu = Cpu::new(&mmu, &ram, 0, format.controls(0), ROOT);
+    let mut cpu = Cpu::new(&mmu, &ram, 0, format.controls(0, PHYSICAL_BITS), ROOT);
     let mut tally = Tally {
         cases: 0,
         faults: 0,
         emulated: 0,
     };
-    let combinations = (0..64 * 256 * keys).step_by(stride);
-    for n in combinations {
-        let (bits, n) = (n as u64 % 256, n / 256);
-        let (key, control_bits) = ((n % keys) as u64, (n / keys) as u32);
-        let controls = format.controls(control_bits);
+    for what in format.combinations(stride) {
+        let controls = format.controls(what.controls, PHYSICAL_BITS);
         let mut memory = Memory::new();
-        for at_level in 1..=format.levels() {
-            let value = if at_level == level {
-                format.entry(bits, key, level)
-            } else if at_level == 1 {
-                PAGE | all
-            } else {
-                u64::from(at_level - 1) << 16 | all
-            };
-            memory.insert(format.at(at_level), value);
-            if read(format.at(at_level)) != value {
-                write(format.at(at_level), value);
+        for (at, value) in format.path(level, &what) {
+            memory.insert(at, value);
+            if read(at) != value {
+                write(at, value);
             }
         }
         cpu.controls = controls;
-        let privilege = |alignment_check| Privilege {
-            // Key 1 takes no writes, key 2 nothing.
-            pkru: 0b10 << 2 | 0b01 << 4,
-            pkrs: 0,
-            alignment_check,
-        };
-        for turn in 0..9_usize {
-            // Every order comes, so that each access comes after each.
-            let turn = (turn * 4 + bits as usize + control_bits as usize) % 9;
-            let who = [Access::USER, Access::empty(), Access::empty()][turn / 3];
-            let access = ACCESSES[turn % 3] | who;
-            cpu.privilege = privilege(turn / 3 == 2);
+        for (access, alignment_check) in accesses(&what) {
+            cpu.privilege = Privilege {
+                pkru: PKRU,
+                pkrs: 0,
+                alignment_check,
+            };
             let expected = naive::translate(
                 &mut memory,
                 &controls,
@@ -360,7 +246,7 @@ fn enumerate(format: Format, level: u32, stride: usize) -> Tally {
             let case = || {
                 format!(
                     "{format:?} level {level} entry {:#x} {controls:?} {access:?} {:?}",
-                    format.entry(bits, key, level),
+                    format.entry(what.bits, what.key, level),
                     cpu.privilege
                 )
             };
@@ -423,7 +309,13 @@ fn table(n: u64) -> u64 {
 }
 
 fn editor(id: u32, mmu: &Arc<Mmu>, ram: &Arc<Ram>) -> Cpu {
-    let mut cpu = Cpu::new(mmu, ram, id, Format::Four.controls(0b01_0001), ROOT);
+    let mut cpu = Cpu::new(
+        mmu,
+        ram,
+        id,
+        Format::Four.controls(0b01_0001, PHYSICAL_BITS),
+        ROOT,
+    );
     cpu.root.pdptes = [0; 4];
     cpu
 }
