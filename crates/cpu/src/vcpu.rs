@@ -571,6 +571,10 @@ impl Vcpu {
             // Bit 51 is reserved: with it the owner of the tables marks pages without memory.
             physical_bits = 51;
             cr4.set(Cr4::LA57, self.controls().shadow_root.levels == 5);
+            if !efer.contains(Efer::LMA) {
+                // Outside IA-32e mode there are no keys, even if there is a PKRU to write.
+                cr4 -= Cr4::PKE | Cr4::PKS;
+            }
             efer.set(Efer::LMA, self.controls().shadow_root.levels >= 4);
         }
         let selected = GuestControls {

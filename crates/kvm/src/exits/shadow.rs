@@ -121,9 +121,7 @@ impl Core {
         self.controls.exception_bitmap |= 1 << Exception::PageFault.vector();
         state.cr0 |= Cr0::WP;
         if !cr0.contains(Cr0::PG) {
-            state.cr4 -= Cr4::SMEP | Cr4::SMAP | Cr4::PKE;
-        } else if !state.efer.contains(Efer::LMA) {
-            state.cr4 -= Cr4::PKE;
+            state.cr4 -= Cr4::SMEP | Cr4::SMAP;
         }
         Some(GuestRegisters { cr0, cr4 })
     }
