@@ -462,6 +462,28 @@ fn large_pages_stay_large_where_the_slot_allows() {
 }
 
 #[test]
+fn a_table_that_is_led_to_again_is_up_to_date() {
+    let (ram, mmu, mut cpu) = flat(shadow_config());
+    ram.word(ROOT).store(table(0) | 0x67, SeqCst);
+    ram.word(table(0)).store(table(1) | 0x67, SeqCst);
+    ram.word(table(1)).store(table(3) | 0x67, SeqCst);
+    ram.word(table(3)).store(PAGE | 0x67, SeqCst);
+    ram.word(table(3) + 8).store(PAGE | 0x67, SeqCst);
+    assert_eq!(cpu.access(8, Access::empty()), Outcome::Memory(PAGE + 8));
+    // The last table becomes unsync; writes next to the upper entry take away what led to it.
+    cpu.store(IDENTITY | table(3), (PAGE + PAGE_SIZE) | 0x67);
+    for _ in 0..3 {
+        cpu.store(IDENTITY | (table(0) + 0x100), 0);
+    }
+    assert_eq!(mmu.stats().write_floods, 1);
+    cpu.mmu.invalidate_linear(&mut cpu.vcpu, Gva::new(8));
+    // A neighbour leads to the table again.
+    cpu.access(0x1008, Access::empty());
+    let found = cpu.access(8, Access::empty());
+    assert_eq!(found, Outcome::Memory(PAGE + PAGE_SIZE + 8));
+}
+
+#[test]
 fn unpaged_memory_is_direct() {
     let (_ram, mmu, mut cpu) = flat(shadow_config());
     cpu.controls.cr0 -= Cr0::PG;

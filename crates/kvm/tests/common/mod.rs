@@ -97,7 +97,7 @@ pub(crate) const IDT: u64 = 0x9000;
 /// Where the global descriptor table is.
 const GDT: u64 = 0xa000;
 /// Where page tables begin.
-const TABLES: u64 = 0x1_0000;
+pub(crate) const TABLES: u64 = 0x1_0000;
 /// Bytes of memory at guest-physical 0.
 pub(crate) const MEMORY: usize = 2 << 20;
 

@@ -316,10 +316,9 @@ impl Mmu {
         role: Role,
     ) -> Option<PageId> {
         if let Some(id) = state.find(gfn, &role) {
-            if state.page(id).is_unsync {
-                // A place that did not lead to it may not begin with what is out of date.
-                self.sync_page(state, slots, id);
-            }
+            // A place that did not lead to it may not begin with what is out of date: while nothing
+            // led to it, INVLPG did not find it.
+            self.sync_below(state, slots, id);
             return Some(id);
         }
         if role.kind == Kind::Table {

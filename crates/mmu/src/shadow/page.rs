@@ -370,6 +370,15 @@ impl State {
         true
     }
 
+    /// Whether `page` is `from` or below it.
+    pub(super) fn leads_to(&self, from: PageId, page: PageId) -> bool {
+        let top = self.page(from).role.level;
+        from == page
+            || self.page(page).parents.iter().any(|parent| {
+                self.page(parent.page).role.level <= top && self.leads_to(from, parent.page)
+            })
+    }
+
     /// The leaves at `level` whose block begins at `gfn`.
     pub(super) fn leaves(&self, space: crate::AddressSpace, gfn: Gfn, level: Level) -> Vec<Place> {
         let places = self.rmaps[level.index()].get(&key(space, gfn));

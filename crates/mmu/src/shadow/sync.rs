@@ -112,6 +112,21 @@ impl Mmu {
         self.resync(state, slots, pages);
     }
 
+    /// Brings a page, or the unsync pages that it leads to, up to date; they stay unsync.
+    pub(super) fn sync_below(&self, state: &mut State, slots: &Memslots, id: PageId) {
+        if self.has_unsync.load(SeqCst) == 0 {
+            return;
+        }
+        let mut below = state.unsync.clone();
+        below.retain(|&page| {
+            let is_unsync = state.try_page(page).is_some_and(|page| page.is_unsync);
+            is_unsync && state.leads_to(id, page)
+        });
+        for page in below {
+            self.sync_page(state, slots, page);
+        }
+    }
+
     /// Compares every entry of a last-level page with the guest's.
     pub(super) fn sync_page(&self, state: &mut State, slots: &Memslots, id: PageId) {
         for index in 0..ENTRIES as u16 {
