@@ -294,8 +294,13 @@ impl Mmu {
                     };
                     let child = child.ok_or(Stop::OutOfTables)?;
                     // Making it may have dropped nothing on the way here, but the guest may have
-                    // written the entry before its table was protected.
-                    if link.is_some_and(|link| link.has_changed(fill.memory)) {
+                    // written the entry before its table was protected. Where the guest's page is
+                    // larger than ours, the entry is its leaf.
+                    let has_changed = match link {
+                        Some(link) => link.has_changed(fill.memory),
+                        None => found.has_leaf_changed(fill.memory),
+                    };
+                    if has_changed {
                         return Err(Stop::Changed);
                     }
                     state.link(place, child);
