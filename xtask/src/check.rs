@@ -8,7 +8,7 @@ use crate::{Outcome, licences};
 /// A step's name and what it does.
 type Step = (&'static str, fn() -> Outcome);
 
-const STEPS: [Step; 7] = [
+const STEPS: [Step; 8] = [
     ("format", || cargo(&["fmt", "--all", "--check"], &[])),
     ("licences", licences::run),
     ("clippy", || {
@@ -21,6 +21,14 @@ const STEPS: [Step; 7] = [
                 "--deny",
                 "warnings",
             ],
+            &[],
+        )
+    }),
+    // A program for the host's /dev/kvm, which is compiled and not run.
+    ("tests on kvm-ioctls", || {
+        let program = ["-p", "eptide-kvm", "--test", "on_kvm_ioctls"];
+        cargo(
+            &[&["clippy"], &program[..], &["--", "--deny", "warnings"]].concat(),
             &[],
         )
     }),

@@ -7,17 +7,6 @@ use eptide_kvm::VcpuExit;
 use kvm_bindings::*;
 use std::time::Duration;
 
-fn stop(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    a.out(0x80, al)
-}
-
-fn runs_to_stop(machine: &mut Machine) {
-    match machine.vcpu().run().unwrap() {
-        VcpuExit::IoOut(0x80, _) => {}
-        other => panic!("{other:?}"),
-    }
-}
-
 fn enable(machine: &Machine, cap: u32, value: u64) -> Result<(), i32> {
     let mut request = kvm_enable_cap {
         cap,

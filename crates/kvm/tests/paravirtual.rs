@@ -9,23 +9,11 @@ use kvm_bindings::*;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
-const APIC: i64 = 0xfee0_0000;
 const STEAL_TIME: u32 = 0x4b56_4d03;
 const PV_EOI: u32 = 0x4b56_4d04;
 const RECORD: u64 = 0x6000;
 const PREEMPTED: u64 = RECORD + 16;
 const FLUSH: u8 = 2;
-
-fn stop(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    a.out(0x80, al)
-}
-
-fn runs_to_stop(machine: &mut Machine) {
-    match machine.vcpu().run().unwrap() {
-        VcpuExit::IoOut(0x80, _) => {}
-        other => panic!("{other:?}"),
-    }
-}
 
 fn wrmsr(a: &mut CodeAssembler, index: u32, value: u64) -> Result<(), IcedError> {
     a.mov(ecx, index)?;

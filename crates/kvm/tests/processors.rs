@@ -7,8 +7,6 @@ use eptide_kvm::VcpuExit;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-const APIC: i64 = 0xfee0_0000;
-
 /// Starts `count - 1` processors with INIT and start-up IPIs to all but the sender; each counts
 /// itself, takes one interrupt, counts again and halts.
 fn all_start(count: u64) {

@@ -12,14 +12,9 @@ const MOVED: u64 = 0x2_0000;
 const SMRAM: u64 = 0x2_0000;
 const MSR_SMBASE: u32 = 0x9e;
 const MSR_SMI_COUNT: u32 = 0x34;
-const APIC: i64 = 0xfee0_0000;
 const RSM: [u8; 2] = [0x0f, 0xaa];
 /// `out 0x81, al`.
 const LEAVE: [u8; 2] = [0xe6, 0x81];
-
-fn stop(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    a.out(0x80, al)
-}
 
 fn runs_to(machine: &mut Machine, port: u16) {
     match machine.vcpu().run().unwrap() {

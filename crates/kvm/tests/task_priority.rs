@@ -7,18 +7,8 @@ use eptide_kvm::ioctl::{Object, TABLE, ioctl};
 use eptide_kvm::{Result, VcpuExit};
 use kvm_bindings::*;
 
-const APIC: i64 = 0xfee0_0000;
 /// The word of KVM_SET_VAPIC_ADDR.
 const WORD: u64 = 0x6000;
-
-fn stop(a: &mut CodeAssembler) -> std::result::Result<(), IcedError> {
-    a.out(0x80, al)
-}
-
-fn runs_to_stop(machine: &mut Machine) {
-    let exit = machine.vcpu().run().unwrap();
-    assert!(matches!(exit, VcpuExit::IoOut(0x80, _)), "{exit:?}");
-}
 
 fn call<T>(machine: &Machine, name: &str, mut argument: T) -> Result<()> {
     let row = TABLE.iter().find(|row| row.name == name).unwrap();

@@ -3,7 +3,6 @@
 mod common;
 
 use common::*;
-use eptide_kvm::VcpuExit;
 use kvm_bindings::*;
 
 const GDT: u64 = 0xa000;
@@ -49,10 +48,6 @@ fn call_task(a: &mut CodeAssembler, selector: u16) -> Result<(), IcedError> {
 
 fn jump_task(a: &mut CodeAssembler, selector: u16) -> Result<(), IcedError> {
     far(a, 0xea, selector)
-}
-
-fn stop(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    a.out(0x80, al)
 }
 
 /// A machine that runs `code` as task A.
@@ -147,13 +142,6 @@ fn code_at(
     build: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
 ) {
     machine.memory.write(at as u64, &assemble32(at, build));
-}
-
-fn runs_to_stop(machine: &mut Machine) {
-    match machine.vcpu().run().unwrap() {
-        VcpuExit::IoOut(0x80, _) => {}
-        other => panic!("{other:?}"),
-    }
 }
 
 fn word(machine: &Machine, at: u64) -> u32 {

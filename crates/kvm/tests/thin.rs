@@ -1,54 +1,11 @@
 //! Small guests driven through the public API.
 
+mod common;
+
+use common::Memory;
 use eptide_kvm as kvm;
 use kvm::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
 use kvm_bindings::kvm_userspace_memory_region;
-
-/// Anonymous memory of the guest.
-struct Memory {
-    base: *mut u8,
-    size: usize,
-}
-
-impl Memory {
-    fn new(size: usize) -> Memory {
-        // SAFETY: a new mapping at an address the kernel chooses.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                size,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        assert_ne!(base, libc::MAP_FAILED);
-        Memory {
-            base: base.cast(),
-            size,
-        }
-    }
-
-    fn write(&self, at: usize, bytes: &[u8]) {
-        assert!(at + bytes.len() <= self.size);
-        // SAFETY: inside the mapping.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base.add(at), bytes.len()) };
-    }
-
-    fn read(&self, at: usize, length: usize) -> Vec<u8> {
-        assert!(at + length <= self.size);
-        // SAFETY: inside the mapping.
-        unsafe { std::slice::from_raw_parts(self.base.add(at), length).to_vec() }
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: the mapping made above.
-        unsafe { libc::munmap(self.base.cast(), self.size) };
-    }
-}
 
 /// A VM with 1 MiB of memory at 0 and a vCPU in real mode at 0x1000.
 fn machine(code: &[u8]) -> (Memory, VmFd, VcpuFd) {
@@ -57,15 +14,8 @@ fn machine(code: &[u8]) -> (Memory, VmFd, VcpuFd) {
     let vm = kvm.create_vm().unwrap();
     let memory = Memory::new(1 << 20);
     memory.write(0x1000, code);
-    let region = kvm_userspace_memory_region {
-        slot: 0,
-        flags: 0,
-        guest_phys_addr: 0,
-        memory_size: memory.size as u64,
-        userspace_addr: memory.base as u64,
-    };
     // SAFETY: the memory outlives the VM in every test.
-    unsafe { vm.set_user_memory_region(region).unwrap() };
+    unsafe { vm.set_user_memory_region(memory.region(0, 0)).unwrap() };
     let vcpu = vm.create_vcpu(0).unwrap();
     vcpu.set_cpuid2(&kvm.get_supported_cpuid(256).unwrap())
         .unwrap();
@@ -104,7 +54,7 @@ fn ports_memory_and_halt() {
         other => panic!("{other:?}"),
     }
     assert!(matches!(vcpu.run().unwrap(), VcpuExit::Hlt));
-    assert_eq!(memory.read(0x2000, 1), [0x5a]);
+    assert_eq!(memory.read_u64(0x2000), 0x5a);
     assert_eq!(vcpu.get_regs().unwrap().rip, 0x1000 + code.len() as u64);
 }
 
@@ -120,7 +70,7 @@ fn device_memory() {
     ];
     let (_memory, vm, mut vcpu) = machine(&code);
     // Take the top half away, so that 0xf1234 is a device.
-    let mut region = kvm_userspace_memory_region {
+    let region = kvm_userspace_memory_region {
         slot: 0,
         ..Default::default()
     };
@@ -128,10 +78,8 @@ fn device_memory() {
     unsafe { vm.set_user_memory_region(region).unwrap() };
     let half = Memory::new(1 << 19);
     half.write(0x1000, &code);
-    region.memory_size = half.size as u64;
-    region.userspace_addr = half.base as u64;
     // SAFETY: the memory outlives the VM's use of it.
-    unsafe { vm.set_user_memory_region(region).unwrap() };
+    unsafe { vm.set_user_memory_region(half.region(0, 0)).unwrap() };
     match vcpu.run().unwrap() {
         VcpuExit::MmioRead(0xf1234, data) => data.copy_from_slice(&[0xff, 0, 0, 0]),
         other => panic!("{other:?}"),

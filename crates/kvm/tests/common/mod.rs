@@ -1,10 +1,17 @@
 //! A machine for assembled guests, through the API that `kvm-ioctls` has too.
 #![allow(dead_code)]
 
+mod raw;
+
 use eptide_kvm as kvm;
 pub(crate) use iced_x86::code_asm::*;
-use kvm::{Kvm, VcpuFd, VmFd};
+use kvm::{Kvm, VcpuExit, VcpuFd, VmFd};
 use kvm_bindings::*;
+#[allow(
+    unused_imports,
+    reason = "the crate under test has methods of these names"
+)]
+pub(crate) use raw::Raw;
 
 /// The system object. In the test program `on_shadow_tables`, which holds the guest tests once more,
 /// its VMs have no EPT.
@@ -14,6 +21,15 @@ pub(crate) fn system() -> Kvm {
         _ => Kvm::new().unwrap(),
     }
 }
+
+/// What [`Kvm::with_options`] is in the test program `on_kvm_ioctls`, where `Kvm` has no options.
+trait WithoutOptions: Sized {
+    fn with_options(_options: kvm::Options) -> Kvm {
+        Kvm::new().unwrap()
+    }
+}
+
+impl WithoutOptions for Kvm {}
 
 /// A system object whose VMs have EPT, or have not.
 pub(crate) fn with_ept(ept: bool) -> Kvm {
@@ -123,6 +139,22 @@ pub(crate) fn assemble_at(
     let mut a = CodeAssembler::new(64).unwrap();
     build(&mut a).unwrap();
     a.assemble(at).unwrap()
+}
+
+/// The local APIC's register page.
+pub(crate) const APIC: i64 = 0xfee0_0000;
+
+/// Leaves by a port write, so that it ends with and without an irqchip.
+pub(crate) fn stop(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.out(0x80, al)
+}
+
+/// Runs the first vCPU until [`stop`].
+pub(crate) fn runs_to_stop(machine: &mut Machine) {
+    match machine.vcpu().run().unwrap() {
+        VcpuExit::IoOut(0x80, _) => {}
+        other => panic!("{other:?}"),
+    }
 }
 
 /// What controllers a machine has.

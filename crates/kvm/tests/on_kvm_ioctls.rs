@@ -1,0 +1,46 @@
+//! The API tests once more, against `kvm-ioctls` and the host's `/dev/kvm`.
+//!
+//! Not among the tests that run by default: it is for a machine whose KVM may be used. CI compiles
+//! it, which shows that these tests, and so programs like them, need nothing that `kvm-ioctls`
+//! does not have.
+#![allow(clippy::duplicate_mod, reason = "each program has a module of helpers")]
+
+// To the modules below, this program is the crate they test.
+extern crate self as eptide_kvm;
+
+pub use kvm_ioctls::*;
+
+/// The host's KVM pages as it was configured to.
+#[derive(Default)]
+pub struct Options {
+    /// Without effect.
+    pub ept: bool,
+}
+
+impl Options {
+    /// There is no choice.
+    pub fn with_ept(self, ept: bool) -> Options {
+        Options { ept }
+    }
+}
+
+#[path = "events.rs"]
+mod events;
+#[path = "guests.rs"]
+mod guests;
+#[path = "halts.rs"]
+mod halts;
+#[path = "paravirtual.rs"]
+mod paravirtual;
+#[path = "processors.rs"]
+mod processors;
+#[path = "signals.rs"]
+mod signals;
+#[path = "smm.rs"]
+mod smm;
+#[path = "stress.rs"]
+mod stress;
+#[path = "task_switch.rs"]
+mod task_switch;
+#[path = "thin.rs"]
+mod thin;
