@@ -7,6 +7,7 @@
 //! Source: the kernel's "KVM-specific MSRs" and "Timekeeping Virtualization" documents.
 
 use crate::time::{GuestTsc, monotonic_ns, realtime_ns, scale, tsc, tsc_khz};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Flag: the clock is monotonic across vCPUs.
@@ -161,16 +162,61 @@ pub fn wall_clock_bytes(version: u32, base: u64) -> [u8; 12] {
     bytes
 }
 
-/// Time the calling thread was ready to run but did not, in nanoseconds: what a guest sees as
-/// stolen.
-pub fn run_delay() -> u64 {
-    let Ok(text) = std::fs::read_to_string("/proc/thread-self/schedstat") else {
-        return 0;
-    };
-    text.split_whitespace()
-        .nth(1)
-        .and_then(|field| field.parse().ok())
-        .unwrap_or(0)
+/// Time that a vCPU's thread was ready to run but did not: what its guest sees as stolen.
+///
+/// The scheduler tells by a file, which a thread under a filter of system calls cannot open; so
+/// another thread reads it from time to time.
+#[derive(Debug, Default)]
+pub struct RunDelay {
+    /// The thread that is followed; 0 for none.
+    task: AtomicI32,
+    /// The thread that the last figure is of, and the figure.
+    last: Mutex<(i32, u64)>,
+    total: AtomicU64,
+}
+
+impl RunDelay {
+    /// Follows the calling thread from now on.
+    pub fn follow(&self) {
+        self.task.store(current_task(), Ordering::Relaxed);
+    }
+
+    /// Nanoseconds while threads were followed, as of the last refresh.
+    pub fn get(&self) -> u64 {
+        self.total.load(Ordering::Relaxed)
+    }
+
+    /// Reads the scheduler's figure.
+    pub fn refresh(&self) {
+        let task = self.task.load(Ordering::Relaxed);
+        if task == 0 {
+            return;
+        }
+        let Some(delay) = run_delay(task) else {
+            return;
+        };
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let (followed, before) = std::mem::replace(&mut *last, (task, delay));
+        if followed == task {
+            let more = delay.saturating_sub(before);
+            self.total.fetch_add(more, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The calling thread's ID, without a system call: the C library makes it part of the number of
+/// the thread's clock.
+fn current_task() -> i32 {
+    let mut clock: libc::clockid_t = 0;
+    // SAFETY: the thread is the calling one, and the function writes a clock's number.
+    let failed = unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &mut clock) };
+    if failed == 0 { !(clock >> 3) } else { 0 }
+}
+
+/// Time a thread of this process was ready to run but did not, in nanoseconds.
+fn run_delay(task: i32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/self/task/{task}/schedstat")).ok()?;
+    text.split_whitespace().nth(1)?.parse().ok()
 }
 
 /// CLOCK_MONOTONIC, re-exported for rate limits of the pages above.
@@ -197,6 +243,14 @@ mod tests {
             let (computed, expected) = (info.read(guest.at(later)), clock.at(later));
             assert!(computed.abs_diff(expected) < 3000, "{computed} {expected}");
         }
+    }
+
+    #[test]
+    fn a_thread_knows_its_id() {
+        // SAFETY: has no conditions.
+        assert_eq!(current_task(), unsafe { libc::gettid() });
+        assert!(run_delay(current_task()).is_some());
+        assert_eq!(run_delay(1 << 30), None);
     }
 
     #[test]

@@ -2,9 +2,8 @@
 //!
 //! Source: the kernel's "KVM-specific MSRs".
 
-use crate::clock::{GUEST_STOPPED, STABLE, TimeInfo, run_delay, wall_clock_bytes};
+use crate::clock::{GUEST_STOPPED, STABLE, TimeInfo, wall_clock_bytes};
 use crate::cpuid::pv;
-use crate::time::monotonic_ns;
 use crate::vcpu::{Core, Vcpu};
 use arch::addr::Gpa;
 use arch::msr;
@@ -13,8 +12,6 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 /// Bit 0 of the system-time and steal-time MSRs: the page is in use.
 const ENABLED: u64 = 1;
-/// Nanoseconds between looks at the scheduler's statistics.
-const STEAL_INTERVAL: u64 = 100_000_000;
 
 /// State of the shared pages.
 #[derive(Clone, Copy, Debug, Default)]
@@ -24,9 +21,8 @@ pub(crate) struct ParavirtualPages {
     pub(crate) stopped: bool,
     /// Where the steal-time record is, if it is in use.
     steal: Option<u64>,
-    /// Run delay of this thread when it was last added.
-    last_delay: Option<u64>,
-    last_look: u64,
+    /// The run delay that was last added.
+    last_delay: u64,
     /// Where the end-of-interrupt flag is, if it is in use.
     eoi: Option<u64>,
     /// The flag is set: the guest may end the interrupt in service by clearing it.
@@ -97,10 +93,17 @@ impl Core {
     }
 
     /// The guest wrote the steal-time MSR: count from here.
-    pub(crate) fn set_steal_time(&mut self, register: u64) {
+    pub(crate) fn set_steal_time(&mut self, vcpu: &Vcpu, register: u64) {
         self.paravirtual.steal = (register & ENABLED != 0).then_some(register & !0x3f);
-        self.paravirtual.last_delay = None;
-        self.paravirtual.last_look = 0;
+        self.paravirtual.last_delay = vcpu.run_delay().get();
+        self.follow_run_delay(vcpu);
+    }
+
+    /// KVM_RUN begins on this thread: what the scheduler takes from it is stolen.
+    pub(crate) fn follow_run_delay(&self, vcpu: &Vcpu) {
+        if self.paravirtual.steal.is_some() {
+            vcpu.run_delay().follow();
+        }
     }
 
     fn read_word<const N: usize>(&self, vcpu: &Vcpu, gpa: u64) -> Option<[u8; N]> {
@@ -115,14 +118,12 @@ impl Core {
         let Some(gpa) = self.paravirtual.steal else {
             return;
         };
-        let now = monotonic_ns();
-        if now < self.paravirtual.last_look + STEAL_INTERVAL {
+        let delay = vcpu.run_delay().get();
+        let more = delay.wrapping_sub(self.paravirtual.last_delay);
+        if more == 0 {
             return;
         }
-        self.paravirtual.last_look = now;
-        let delay = run_delay();
-        let last = self.paravirtual.last_delay.replace(delay);
-        let more = delay.saturating_sub(last.unwrap_or(delay));
+        self.paravirtual.last_delay = delay;
         let version_at = gpa.wrapping_add(steal::VERSION);
         let (Some(sum), Some(version)) =
             (self.read_word(vcpu, gpa), self.read_word(vcpu, version_at))
@@ -254,7 +255,7 @@ impl Core {
 
     /// INIT takes the processor's paravirtual pages out of use: their memory may become something
     /// else before the processor is started again.
-    pub(crate) fn reset_paravirtual(&mut self) {
+    pub(crate) fn reset_paravirtual(&mut self, vcpu: &Vcpu) {
         for register in [
             msr::KVM_SYSTEM_TIME,
             msr::KVM_SYSTEM_TIME_NEW,
@@ -263,7 +264,7 @@ impl Core {
         ] {
             self.msrs.set(register, 0);
         }
-        self.set_steal_time(0);
+        self.set_steal_time(vcpu, 0);
         self.set_eoi_flag(0);
     }
 }

@@ -8,24 +8,29 @@
 //! this module, which knows the program's handler.
 //!
 //! ```text
-//! signal ─▶ gate ─┬─ thread not in KVM_RUN ───────────────────────────▶ handler
-//!                 └─ thread in KVM_RUN: block the signal, queue it again,
-//!                    make KVM_RUN end ─ vCPU unlocked ─ unblock ─ gate ─▶ handler, then EINTR
+//! signal ─▶ gate ─┬─ thread not in KVM_RUN ────────────────────────────▶ handler
+//!                 └─ thread in KVM_RUN: note the signal, block all, make
+//!                    KVM_RUN end ─ vCPU unlocked ─▶ handler ─ unblock ─▶ EINTR
 //! ```
 //!
 //! Only the handler's address in the disposition changes, and that it is given information on the
-//! signal; other flags, mask and restorer stay. Each handler has a gate of its own for good, so a program that reads a disposition and restores it
-//! later restores what it meant. Dispositions are looked at when a vCPU begins to run and every
-//! millisecond while one runs.
+//! signal; other flags, mask and restorer stay. Each handler has a gate of its own for good, so a
+//! program that reads a disposition and restores it later restores what it meant. Dispositions are
+//! looked at when a vCPU is made, when one begins to run, and every millisecond while one runs, by
+//! a thread of this crate's own: a vCPU's thread may be under a filter of system calls. What it
+//! needs here is `rt_sigprocmask`, and that only when a signal comes.
+//!
+//! A handler that was put off finds in its context where KVM_RUN was interrupted; changes to it
+//! have no effect.
 //!
 //! Not covered, and thus run at once without ending KVM_RUN: signals that instructions raise
 //! (SIGSEGV and the like), handlers that are used once (`SA_RESETHAND`), a handler installed less
-//! than a millisecond ago, and handlers beyond [`GATES`] different ones. A thread under a system-call filter
-//! that lacks `rt_tgsigqueueinfo` must not receive signals in KVM_RUN.
+//! than a millisecond ago, and handlers beyond [`GATES`] different ones.
 
 use crate::mailbox::{Mailbox, Request};
 use std::cell::Cell;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
@@ -42,6 +47,8 @@ struct Disposition {
 
 /// Disposition flag: the handler is used once.
 const ONCE: u64 = libc::SA_RESETHAND as u32 as u64;
+/// Disposition flag: the signal is not blocked while its handler runs.
+const AGAIN: u64 = libc::SA_NODEFER as u64;
 /// Disposition flag: the kernel fills in the information on the signal.
 const INFORMED: u64 = libc::SA_SIGINFO as u64;
 /// Size of the kernel's signal set.
@@ -63,80 +70,133 @@ fn bit(signal: i32) -> u64 {
     1 << (signal - 1)
 }
 
+/// The kernel's `struct ucontext`, as far as programs see it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Context {
+    head: [u64; 5],
+    machine: libc::mcontext_t,
+    mask: u64,
+}
+
+/// A signal that was put off.
+#[derive(Clone, Copy)]
+struct Noted {
+    signal: i32,
+    gate: usize,
+    info: MaybeUninit<libc::siginfo_t>,
+    context: MaybeUninit<Context>,
+}
+
+impl Noted {
+    const NONE: Noted = Noted {
+        signal: 0,
+        gate: 0,
+        info: MaybeUninit::uninit(),
+        context: MaybeUninit::uninit(),
+    };
+}
+
+/// Signals that are put off at once. One blocks all others; more come only in the few instructions
+/// before that.
+const NOTED: usize = 4;
+
 /// What the calling thread's KVM_RUN and its gates share.
 struct ThreadState {
     /// The mailbox of the vCPU that runs; null outside KVM_RUN.
     mailbox: Cell<*const Mailbox>,
-    /// Signals that KVM_SET_SIGNAL_MASK blocks: they wait for the end of KVM_RUN.
-    closed: Cell<u64>,
-    /// Signals that were postponed, and are blocked until KVM_RUN ends.
-    held: Cell<u64>,
     /// A signal came that ends KVM_RUN.
     arrived: Cell<bool>,
+    /// Entries of `noted` that gates took. A gate that interrupts another takes the next.
+    taken: AtomicUsize,
+    noted: [Cell<Noted>; NOTED],
 }
 
 thread_local! {
     static THREAD: ThreadState = const {
         ThreadState {
             mailbox: Cell::new(std::ptr::null()),
-            closed: Cell::new(0),
-            held: Cell::new(0),
             arrived: Cell::new(false),
+            taken: AtomicUsize::new(0),
+            noted: [const { Cell::new(Noted::NONE) }; NOTED],
         }
     };
 }
 
 /// KVM_RUN is in progress on this thread. Dropped after the vCPU is unlocked, which is when
-/// postponed signals are handled.
+/// signals that were put off are handled.
 pub(crate) struct Run<'a> {
     /// What a KVM_RUN further up the stack has: a handler may run another vCPU.
     outer: *const Mailbox,
+    /// The thread's mask, if KVM_SET_SIGNAL_MASK added to it.
+    before: Option<u64>,
     mailbox: std::marker::PhantomData<&'a Mailbox>,
 }
 
 impl<'a> Run<'a> {
-    /// Signals to this thread are postponed from now on.
+    /// Signals to this thread are put off from now on.
     pub(crate) fn begin(mailbox: &'a Mailbox) -> Run<'a> {
         THREAD.with(|thread| {
             thread.arrived.set(false);
-            thread.closed.set(0);
             Run {
                 outer: thread.mailbox.replace(mailbox),
+                before: None,
                 mailbox: std::marker::PhantomData,
             }
         })
     }
 
-    /// The mask of KVM_SET_SIGNAL_MASK.
-    pub(crate) fn set_mask(&self, mask: Option<u64>) {
-        THREAD.with(|thread| thread.closed.set(mask.unwrap_or(0)));
+    /// The mask of KVM_SET_SIGNAL_MASK: what it blocks waits for the end of KVM_RUN. (What it lets
+    /// through although the thread blocks it is looked for with [`pending`].)
+    pub(crate) fn set_mask(&mut self, mask: Option<u64>) {
+        if let Some(mask) = mask {
+            let synchronous: u64 = SYNCHRONOUS.iter().map(|&signal| bit(signal)).sum();
+            self.before = Some(change_mask(libc::SIG_BLOCK, mask & !synchronous));
+        }
     }
 }
 
 impl Drop for Run<'_> {
     fn drop(&mut self) {
-        let held = THREAD.with(|thread| {
+        THREAD.with(|thread| {
             thread.mailbox.set(self.outer);
-            thread.held.take()
+            // Gates now run handlers at once; what is there is all there will be.
+            let taken = thread.taken.swap(0, Ordering::Relaxed);
+            let before = self.before.take();
+            if taken != 0 {
+                handle(thread, taken.min(NOTED), before);
+            } else if let Some(before) = before {
+                change_mask(libc::SIG_SETMASK, before);
+            }
         });
-        if held != 0 {
-            // Their handlers run inside this call.
-            set_blocked(libc::SIG_UNBLOCK, held);
-        }
     }
+}
+
+/// Runs the handlers of the signals that were put off, with the mask that the kernel would have
+/// given them, then lets others come. `before` is the thread's mask if the interrupted code had
+/// another.
+#[cold]
+fn handle(thread: &ThreadState, count: usize, before: Option<u64>) {
+    // What a handler takes, a KVM_RUN within it, takes the entries anew.
+    let mut all = [Noted::NONE; NOTED];
+    for (copy, noted) in all.iter_mut().zip(&thread.noted) {
+        *copy = noted.get();
+    }
+    // SAFETY: gates fill the entries they take before they return, and `count` were taken.
+    let interrupted = unsafe { all[0].context.assume_init_ref() }.mask;
+    let mask = before.unwrap_or(interrupted);
+    for noted in &mut all[..count] {
+        let extra = MASKS[noted.signal as usize].load(Ordering::Relaxed);
+        change_mask(libc::SIG_SETMASK, mask | extra);
+        let (info, context) = (noted.info.as_mut_ptr(), noted.context.as_mut_ptr());
+        call(noted.gate, noted.signal, info, context.cast());
+    }
+    change_mask(libc::SIG_SETMASK, mask);
 }
 
 /// Whether a signal came on this thread that ends KVM_RUN.
 pub(crate) fn arrived() -> bool {
     THREAD.with(|thread| thread.arrived.get())
-}
-
-/// Whether a sleep of KVM_RUN was ended only by signals that KVM_SET_SIGNAL_MASK keeps out.
-pub(crate) fn only_closed() -> bool {
-    THREAD.with(|thread| {
-        let held = thread.held.get();
-        !thread.arrived.get() && held != 0 && held & !thread.closed.get() == 0
-    })
 }
 
 /// The calling thread's pending blocked signals.
@@ -158,18 +218,15 @@ pub fn interrupt_current_thread() {
     }
 }
 
-fn set_blocked(how: libc::c_int, set: u64) {
-    // SAFETY: the kernel reads eight bytes, the size of its signal set.
+/// Changes the thread's mask and returns what it was.
+fn change_mask(how: libc::c_int, set: u64) -> u64 {
+    let mut before = 0u64;
+    // SAFETY: the kernel reads and writes eight bytes, the size of its signal set.
     unsafe {
-        let none = std::ptr::null_mut::<u64>();
-        libc::syscall(
-            libc::SYS_rt_sigprocmask,
-            how,
-            &raw const set,
-            none,
-            SET_SIZE,
-        );
+        let (set, before) = (&raw const set, &raw mut before);
+        libc::syscall(libc::SYS_rt_sigprocmask, how, set, before, SET_SIZE);
     }
+    before
 }
 
 /// Starts a thread to which no signal of the program is delivered.
@@ -177,22 +234,10 @@ pub(crate) fn quiet_thread<T: Send + 'static>(
     name: &str,
     body: impl FnOnce() -> T + Send + 'static,
 ) -> std::io::Result<std::thread::JoinHandle<T>> {
-    let mut before = 0u64;
-    let all = u64::MAX;
-    // SAFETY: the kernel reads and writes eight bytes, the size of its signal set.
-    unsafe {
-        let (all, before) = (&raw const all, &raw mut before);
-        libc::syscall(
-            libc::SYS_rt_sigprocmask,
-            libc::SIG_SETMASK,
-            all,
-            before,
-            SET_SIZE,
-        );
-    }
+    let before = change_mask(libc::SIG_SETMASK, u64::MAX);
     // A thread starts with the mask of the one that starts it.
     let thread = std::thread::Builder::new().name(name.into()).spawn(body);
-    set_blocked(libc::SIG_SETMASK, before);
+    change_mask(libc::SIG_SETMASK, before);
     thread
 }
 
@@ -202,18 +247,24 @@ pub(crate) const GATES: usize = 64;
 /// The handler behind each gate; 0 while the gate is free. Set once, under [`cover`]'s lock.
 static HANDLERS: [AtomicUsize; GATES] = [const { AtomicUsize::new(0) }; GATES];
 
+/// What is blocked, besides what the thread blocks, while a signal's handler runs.
+static MASKS: [AtomicU64; LAST as usize + 1] = [const { AtomicU64::new(0) }; LAST as usize + 1];
+
 extern "C" fn gate<const N: usize>(
     signal: libc::c_int,
     info: *mut libc::siginfo_t,
     context: *mut libc::c_void,
 ) {
-    if postpone(signal, info, context) {
-        return;
+    if !put_off(N, signal, info, context) {
+        call(N, signal, info, context);
     }
-    let handler = HANDLERS[N].load(Ordering::Acquire);
+}
+
+/// Calls the handler behind a gate.
+fn call(gate: usize, signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let handler = HANDLERS[gate].load(Ordering::Acquire);
     // SAFETY: a gate is installed after its handler was stored, which was the address of a
-    // handler in the program's disposition. On this architecture the kernel passes all three
-    // arguments to handlers of either kind.
+    // handler in the program's disposition. Handlers of one argument do not look at the others.
     let handler = unsafe { std::mem::transmute::<usize, Handler>(handler) };
     handler(signal, info, context);
 }
@@ -229,44 +280,50 @@ static GATE_FUNCTIONS: [Handler; GATES] = gates!(
     32 33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63
 );
 
-/// In a gate: if KVM_RUN is in progress on this thread, arranges that the signal is delivered
-/// when it has ended. Whatever happens, KVM_RUN ends.
-fn postpone(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) -> bool {
+/// In a gate: if KVM_RUN is in progress on this thread, makes it end and notes the signal for
+/// then. Whatever happens, KVM_RUN ends.
+fn put_off(
+    gate: usize,
+    signal: i32,
+    info: *mut libc::siginfo_t,
+    context: *mut libc::c_void,
+) -> bool {
     THREAD.with(|thread| {
         let mailbox = thread.mailbox.get();
         if mailbox.is_null() {
             return false;
         }
+        thread.arrived.set(true);
         // SAFETY: a thread-local integer.
-        let errno = unsafe { *libc::__errno_location() };
-        let set = bit(signal);
-        // A handler with SA_NODEFER is not blocked yet; the signal would come at once again.
-        set_blocked(libc::SIG_BLOCK, set);
-        // SAFETY: `info` is what the kernel handed over. The signal goes to this very thread, for
-        // which every origin may be stated.
-        let queued = unsafe {
-            let (process, task) = (libc::getpid(), libc::syscall(libc::SYS_gettid));
-            libc::syscall(libc::SYS_rt_tgsigqueueinfo, process, task, signal, info)
+        let errno = unsafe { libc::__errno_location() };
+        // SAFETY: as above. The mailbox's pointer is set only while the vCPU, which owns it, is
+        // borrowed by a call further up on this thread's stack.
+        unsafe {
+            let saved = *errno;
+            (*mailbox).post(Request::YIELD);
+            *errno = saved;
+        }
+        let index = thread.taken.fetch_add(1, Ordering::Relaxed);
+        let Some(entry) = thread.noted.get(index) else {
+            return false;
         };
-        let postponed = queued == 0;
-        if postponed {
-            // SAFETY: `context` is the kernel's ucontext of this delivery; the first word of its
-            // mask is the kernel's signal set, which the return from the handler puts in force.
-            unsafe {
-                let mask = &raw mut (*context.cast::<libc::ucontext_t>()).uc_sigmask;
-                *mask.cast::<u64>() |= set;
-            }
-            thread.held.set(thread.held.get() | set);
-        }
-        if thread.closed.get() & set == 0 {
-            thread.arrived.set(true);
-            // SAFETY: the pointer is set only while the vCPU, which owns the mailbox, is borrowed
-            // by a call further up on this thread's stack.
-            unsafe { (*mailbox).post(Request::YIELD) };
-        }
-        // SAFETY: as above.
-        unsafe { *libc::__errno_location() = errno };
-        postponed
+        let context = context.cast::<Context>();
+        // SAFETY: `info` and `context` are what the kernel handed over for this delivery; the mask
+        // in the context is put in force by the return from the gate.
+        let (info, mut interrupted) = unsafe {
+            let read = (info.read(), context.read());
+            (*context).mask = u64::MAX;
+            read
+        };
+        // The floating-point state is in the kernel's frame, which goes away.
+        interrupted.machine.fpregs = std::ptr::null_mut();
+        entry.set(Noted {
+            signal,
+            gate,
+            info: MaybeUninit::new(info),
+            context: MaybeUninit::new(interrupted),
+        });
+        true
     })
 }
 
@@ -341,6 +398,12 @@ fn cover_signal(signal: i32) {
     let Some(mut found) = exchange(signal, None) else {
         return;
     };
+    let own = if found.flags & AGAIN != 0 {
+        0
+    } else {
+        bit(signal)
+    };
+    MASKS[signal as usize].store(found.mask | own, Ordering::Relaxed);
     let Some(mut put) = covered(&found) else {
         return;
     };

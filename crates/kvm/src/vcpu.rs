@@ -15,6 +15,7 @@ mod requests;
 
 pub(crate) use counters::Counters;
 
+use crate::clock::RunDelay;
 use crate::cpuid::{Dynamic, Table};
 use crate::error::{Result, fail};
 use crate::events::{self, Events};
@@ -125,6 +126,7 @@ pub(crate) struct Vcpu {
     pub(crate) is_watched: AtomicBool,
     /// KVM_SET_SIGNAL_MASK is in force.
     has_signal_mask: AtomicBool,
+    run_delay: RunDelay,
 }
 
 impl std::fmt::Debug for Vcpu {
@@ -233,6 +235,7 @@ impl Vcpu {
             running: AtomicBool::new(false),
             is_watched: AtomicBool::new(false),
             has_signal_mask: AtomicBool::new(false),
+            run_delay: RunDelay::default(),
         }))
     }
 
@@ -282,6 +285,11 @@ impl Vcpu {
         // SAFETY: the caller holds the vCPU's lock, under which alone this reference is made, and
         // uses one at a time.
         unsafe { self.run.get() }
+    }
+
+    /// What the scheduler takes from the vCPU's thread.
+    pub(crate) fn run_delay(&self) -> &RunDelay {
+        &self.run_delay
     }
 
     /// Whether KVM_RUN is in progress.
@@ -354,7 +362,7 @@ impl Vcpu {
     /// KVM_RUN.
     pub(crate) fn run(&self) -> Result<()> {
         // Before the lock, so that it is dropped after it.
-        let signals = signals::Run::begin(&self.mailbox);
+        let mut signals = signals::Run::begin(&self.mailbox);
         let mut core = self.lock();
         self.vm.check_alive()?;
         signals.set_mask(core.signal_mask);
@@ -469,6 +477,7 @@ impl Core {
             return self.finish(vcpu, Outcome::Interrupted);
         }
         self.has_run = true;
+        self.follow_run_delay(vcpu);
         loop {
             let outcome = if self.mp_state == MpState::Runnable {
                 self.enter(vcpu)

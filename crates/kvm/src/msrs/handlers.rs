@@ -532,7 +532,7 @@ pub(super) fn write_steal_time(access: &mut Access<'_>, value: u64) -> Result<()
     if value & RESERVED != 0 {
         return Err(INVALID);
     }
-    access.core.set_steal_time(value);
+    access.core.set_steal_time(access.vcpu, value);
     access
         .vcpu
         .mailbox()

@@ -119,7 +119,7 @@ impl Core {
         self.completion = None;
         self.emulation = Emulation::default();
         self.kicked = false;
-        self.reset_paravirtual();
+        self.reset_paravirtual(vcpu);
         if let Some(apic) = vcpu.apic() {
             apic.reset(false);
         }
@@ -180,7 +180,7 @@ impl Core {
                 timeout,
             );
             self.mark_running(vcpu);
-            if woken == Woken::Signal && !signals::only_closed()
+            if woken == Woken::Signal
                 || vcpu.run_area().immediate_exit()
                 || self.signal_pending(vcpu)
             {
