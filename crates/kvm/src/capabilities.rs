@@ -31,6 +31,7 @@ pub(crate) fn check(capability: u32) -> i32 {
     match capability {
         KVM_CAP_IRQCHIP
         | KVM_CAP_HLT
+        | KVM_CAP_MMU_SHADOW_CACHE_CONTROL
         | KVM_CAP_USER_MEMORY
         | KVM_CAP_SET_TSS_ADDR
         | KVM_CAP_EXT_CPUID

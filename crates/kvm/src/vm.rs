@@ -142,6 +142,8 @@ pub(crate) struct Vm {
     tsc_sync: Mutex<TscSync>,
     default_tsc_khz: AtomicU64,
     tss_address: AtomicU64,
+    /// What KVM_SET_NR_MMU_PAGES said.
+    max_mmu_pages: AtomicU64,
     identity_map: AtomicU64,
     /// Guest frames that trap execution.
     pub(crate) traps: Mutex<std::collections::BTreeSet<u64>>,
@@ -196,6 +198,7 @@ impl Vm {
             }),
             default_tsc_khz: AtomicU64::new(tsc_khz()),
             tss_address: AtomicU64::new(0),
+            max_mmu_pages: AtomicU64::new(config.max_table_pages as u64),
             identity_map: AtomicU64::new(0xfffb_c000),
             traps: Mutex::default(),
         }))
@@ -256,6 +259,7 @@ impl Vm {
         if created.len() >= MAX_VCPUS {
             return fail(libc::EINVAL);
         }
+        self.limit_mmu_pages(created.len() + 1);
         let vcpu = Vcpu::new(self, id)?;
         self.processors.add(id, vcpu.shared_mailbox());
         if let Some(apic) = vcpu.apic() {
@@ -439,6 +443,30 @@ impl Vm {
             }
         }
         Ok(count)
+    }
+
+    /// KVM_SET_NR_MMU_PAGES.
+    pub(crate) fn set_max_mmu_pages(&self, pages: u64) -> Result<()> {
+        const MIN_PAGES: u64 = 64;
+        if pages < MIN_PAGES {
+            return fail(libc::EINVAL);
+        }
+        let created = self.creation();
+        self.max_mmu_pages.store(pages, Ordering::Relaxed);
+        self.limit_mmu_pages(created.len());
+        Ok(())
+    }
+
+    /// KVM_GET_NR_MMU_PAGES.
+    pub(crate) fn max_mmu_pages(&self) -> u64 {
+        self.max_mmu_pages.load(Ordering::Relaxed)
+    }
+
+    /// What vCPUs set aside does not count.
+    fn limit_mmu_pages(&self, vcpus: usize) {
+        let set_aside = vcpus * mmu::CACHE_TABLES;
+        let pages = (self.max_mmu_pages() as usize).saturating_add(set_aside);
+        self.mmu.set_max_table_pages(pages);
     }
 
     /// KVM_SET_TSS_ADDR: recorded; this processor needs no TSS of its own for real mode.

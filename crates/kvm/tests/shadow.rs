@@ -14,6 +14,90 @@ const ACCESSED: i32 = 5;
 /// A bit that the processor ignores.
 const IGNORED: i32 = 9;
 
+fn statistic(machine: &Machine, name: &str) -> u64 {
+    let all = machine.vm.mmu_statistics();
+    all.iter().find(|(known, _)| *known == name).unwrap().1
+}
+
+/// A guest uses many more tables than there may be shadow pages.
+#[test]
+fn shadow_pages_stay_within_their_limit() {
+    const LIMIT: u64 = 100;
+    const COUNT: u64 = 10 * LIMIT;
+    const ROUNDS: i32 = 5;
+    const WINDOW: u64 = 1 << 39;
+    const MORE: u64 = 4 << 20;
+    const PAGES: u64 = 0x10_0000;
+    let code = assemble(|a| {
+        let mut round = a.create_label();
+        let mut again = a.create_label();
+        let mut wrong = a.create_label();
+        a.mov(edx, ROUNDS)?;
+        a.set_label(&mut round)?;
+        a.xor(ecx, ecx)?;
+        a.mov(rsi, WINDOW)?;
+        a.set_label(&mut again)?;
+        a.mov(rax, qword_ptr(rsi))?;
+        a.mov(ebx, ecx)?;
+        a.and(ebx, 15)?;
+        a.cmp(rax, rbx)?;
+        a.jne(wrong)?;
+        a.lock().inc(qword_ptr(rsi + 8))?;
+        a.add(rsi, 2 << 20)?;
+        a.inc(ecx)?;
+        a.cmp(ecx, COUNT as i32)?;
+        a.jb(again)?;
+        a.out(0x80, al)?;
+        a.dec(edx)?;
+        a.jnz(round)?;
+        a.set_label(&mut wrong)?;
+        a.out(0x81, al)
+    });
+    let tables = Memory::new((COUNT as usize + 8) << 12);
+    let mut machine = Machine::new_in(with_ept(false), Irqchip::None, 1, &code);
+    assert_eq!(
+        machine.vm.set_nr_mmu_pages(63).unwrap_err().errno(),
+        libc::EINVAL
+    );
+    machine.vm.set_nr_mmu_pages(LIMIT).unwrap();
+    assert_eq!(machine.vm.get_nr_mmu_pages(), LIMIT);
+    // SAFETY: the memory lives as long as the VM runs.
+    unsafe {
+        let region = tables.region(1, MORE);
+        machine.vm.set_user_memory_region(region).unwrap();
+    }
+    for n in 0..16 {
+        machine.memory.write_u64(PAGES + n * 0x1000, n);
+    }
+    // PDPT, directories, tables.
+    machine.memory.write_u64(TABLES + 8, MORE | 3);
+    for n in 0..2 {
+        tables.write_u64(8 * n, (MORE + 0x1000 + n * 0x1000) | 3);
+    }
+    for n in 0..COUNT {
+        tables.write_u64(0x1000 + 8 * n, (MORE + 0x3000 + n * 0x1000) | 3);
+        tables.write_u64(0x3000 + n * 0x1000, (PAGES + (n & 15) * 0x1000) | 3);
+    }
+    for round in 1..=ROUNDS as u64 {
+        match machine.vcpu().run().unwrap() {
+            VcpuExit::IoOut(0x80, _) => {}
+            other => panic!("{other:?}"),
+        }
+        let made = statistic(&machine, "shadow_made");
+        let alive = made - statistic(&machine, "shadow_zapped");
+        assert!(
+            made > round * COUNT && alive <= LIMIT,
+            "{made} made, {alive} alive"
+        );
+    }
+    let written = machine.memory.read_u64(PAGES + 8);
+    assert_eq!(written, ROUNDS as u64 * COUNT.div_ceil(16));
+    // Less room takes pages away at once.
+    machine.vm.set_nr_mmu_pages(64).unwrap();
+    let alive = statistic(&machine, "shadow_made") - statistic(&machine, "shadow_zapped");
+    assert!(alive <= 64, "{alive} alive");
+}
+
 /// One vCPU clears the accessed bit of an entry, uses it, and looks whether the processor set the
 /// bit; the other keeps toggling another bit of the entry. All their writes to the entry are locked,
 /// and nearly all of them are emulated. None may undo what a walk or the other did meanwhile.

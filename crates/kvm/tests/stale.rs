@@ -254,7 +254,7 @@ fn prepare(machine: &Machine) {
             for generation in 0..KINDS {
                 let value = match (n % 4, generation) {
                     (2, 3) => LARGE | 1 << 7,
-                    (2, 11) => LARGE + (2 << 20) | 1 << 7,
+                    (2, 11) => (LARGE + (2 << 20)) | 1 << 7,
                     _ => target + generation * 0x1000,
                 };
                 let value = value | flags(generation);
@@ -289,7 +289,7 @@ fn stress(kvm: Kvm, length: Duration) {
         fd.set_sregs(&sregs).unwrap();
         let mut regs = fd.get_regs().unwrap();
         regs.r15 = vcpu;
-        regs.r14 = 0x9e37_79b9_7f4a_7c15 ^ vcpu << 32;
+        regs.r14 = 0x9e37_79b9_7f4a_7c15 ^ (vcpu << 32);
         regs.rsp = STACKS + 0x1000 * (vcpu + 1);
         fd.set_regs(&regs).unwrap();
     }

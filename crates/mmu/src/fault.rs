@@ -211,10 +211,13 @@ impl Mmu {
 
     /// Fills the vCPU's cache of table pages, making room at the limit.
     pub(crate) fn top_up(&self, vcpu: &mut Vcpu) -> bool {
-        if vcpu.cache.top_up() {
-            return true;
+        // Others may take what was made room for.
+        for _ in 0..crate::mmu::TOP_UPS {
+            if vcpu.cache.top_up() {
+                return true;
+            }
+            self.reclaim_tables(RECLAIM_BATCH.min(self.pool.limit() / 4));
         }
-        self.reclaim_tables(RECLAIM_BATCH.min(self.pool.limit() / 4));
         vcpu.cache.top_up()
     }
 

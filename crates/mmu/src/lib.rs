@@ -108,5 +108,6 @@ pub use shadow::{GuestMode, ShadowPointer, ShadowResult};
 pub use stats::Stats;
 #[cfg(feature = "model")]
 pub use sync::{Mutant, set_mutant};
+pub use tdp::CACHE_TABLES;
 pub use track::{TrackError, WriteListener};
 pub use vcpu::Vcpu;

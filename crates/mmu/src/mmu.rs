@@ -343,12 +343,34 @@ impl Mmu {
         stats
     }
 
+    /// Changes [`crate::Config::max_table_pages`], which the tables there are may not exceed: the
+    /// oldest go.
+    pub fn set_max_table_pages(&self, pages: usize) {
+        self.pool.set_limit(pages);
+        let mut used = self.pool.used();
+        while used > pages {
+            if self.config.shadow {
+                self.reclaim_shadow();
+            } else {
+                self.reclaim_tables(RECLAIM_BATCH.min(used - pages));
+            }
+            let now = self.pool.used();
+            if now >= used {
+                // What is left is in use this moment.
+                break;
+            }
+            used = now;
+        }
+    }
+
     /// Table pages in use, those set aside by vCPUs included.
     pub fn table_pages(&self) -> usize {
         self.pool.used()
     }
 }
 
+/// How often room is made for a fault before it fails.
+pub(crate) const TOP_UPS: u32 = 16;
 /// Tables unlinked at a time when the limit is reached.
 pub(crate) const RECLAIM_BATCH: usize = 64;
 

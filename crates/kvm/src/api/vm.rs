@@ -100,6 +100,16 @@ impl VmFd {
         self.vm.set_memory_region(&user_memory_region)
     }
 
+    /// KVM_SET_NR_MMU_PAGES: the greatest number of pages for page tables that the MMU makes.
+    pub fn set_nr_mmu_pages(&self, pages: u64) -> Result<()> {
+        self.vm.set_max_mmu_pages(pages)
+    }
+
+    /// KVM_GET_NR_MMU_PAGES.
+    pub fn get_nr_mmu_pages(&self) -> u64 {
+        self.vm.max_mmu_pages()
+    }
+
     /// KVM_SET_TSS_ADDR.
     pub fn set_tss_address(&self, offset: usize) -> Result<()> {
         self.vm.set_tss_address(offset as u64)

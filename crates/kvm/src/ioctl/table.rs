@@ -351,6 +351,8 @@ table! {
         0x03 KVM_CHECK_EXTENSION (none) [KVM_CAP_CHECK_EXTENSION_VM] "The value of a capability." => |_, n| value(u32::try_from(n).map_or(0, capabilities::check));
         0x41 KVM_CREATE_VCPU (none) [] "A vCPU with this ID." => |vm, id| vm.create_vcpu(id).map(Answer::Vcpu);
         0x42 KVM_GET_DIRTY_LOG (write kvm_dirty_log) [] "The pages of a slot written since the last call; with manual protection it clears nothing." => get_dirty_log;
+        0x44 KVM_SET_NR_MMU_PAGES (none) [KVM_CAP_MMU_SHADOW_CACHE_CONTROL] "The greatest number of pages for page tables; at least 64." => |vm, pages| vm.set_nr_mmu_pages(pages).and(DONE);
+        0x45 KVM_GET_NR_MMU_PAGES (none) [KVM_CAP_MMU_SHADOW_CACHE_CONTROL] "That number, as far as an int holds it." => |vm, _| value(vm.get_nr_mmu_pages().min(i32::MAX as u64) as i64);
         0x46 KVM_SET_USER_MEMORY_REGION (write kvm_userspace_memory_region) [KVM_CAP_USER_MEMORY] "Creates, moves, changes or deletes a slot." => |vm, at| take(at, |region| vm.inner().set_memory_region(&region));
         0x47 KVM_SET_TSS_ADDR (none) [KVM_CAP_SET_TSS_ADDR] "Checked and recorded; nothing is kept there." => |vm, address| vm.inner().set_tss_address(address).and(DONE);
         0x48 KVM_SET_IDENTITY_MAP_ADDR (write u64) [KVM_CAP_SET_IDENTITY_MAP_ADDR] "Checked and recorded; nothing is kept there." => |vm, at| vm.inner().set_identity_map(word(at)?).and(DONE);

@@ -2,7 +2,7 @@
 
 use super::page::{PageId, Place, State, UpperKey, Validity};
 use super::role::{Kind, Role};
-use crate::mmu::{Mmu, OutOfTables};
+use crate::mmu::{Mmu, OutOfTables, TOP_UPS};
 use crate::vcpu::Vcpu;
 use arch::addr::{Gfn, Gpa, Hva};
 use arch::paging::{
@@ -207,15 +207,18 @@ impl Mmu {
 
     /// Sets tables aside for a fill, making room at the limit.
     pub(super) fn top_up_shadow(&self, vcpu: &mut Vcpu) -> bool {
-        if vcpu.cache.top_up() {
-            return true;
+        // Others may take what was made room for.
+        for _ in 0..TOP_UPS {
+            if vcpu.cache.top_up() {
+                return true;
+            }
+            self.reclaim_shadow();
         }
-        self.reclaim_shadow();
         vcpu.cache.top_up()
     }
 
     /// Zaps the oldest pages: a quarter of the limit, but not more than some.
-    fn reclaim_shadow(&self) {
+    pub(crate) fn reclaim_shadow(&self) {
         let exclusive = self.exclusive();
         let state = &mut *self.shadow.state(&exclusive);
         let count = crate::mmu::RECLAIM_BATCH.min(state.live() / 4 + 8);

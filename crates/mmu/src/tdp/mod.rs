@@ -29,4 +29,5 @@ mod table;
 pub(crate) use map::MapRequest;
 pub(crate) use reclaim::Retired;
 pub(crate) use root::Root;
+pub use table::CACHE_TABLES;
 pub(crate) use table::{Cell, OwnedTable, TableCache, TablePage, TablePool, mark_word};

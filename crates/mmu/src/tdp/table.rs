@@ -154,7 +154,7 @@ const _: () = assert!(size_of::<ArenaHeader>() as u64 == PAGE_SIZE);
 pub(crate) struct TablePool {
     inner: Mutex<Inner>,
     used: AtomicUsize,
-    limit: usize,
+    limit: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -198,7 +198,7 @@ impl TablePool {
         Self {
             inner: Mutex::new(Inner::default()),
             used: AtomicUsize::new(0),
-            limit,
+            limit: AtomicUsize::new(limit),
         }
     }
 
@@ -208,12 +208,16 @@ impl TablePool {
     }
 
     pub(crate) fn limit(&self) -> usize {
-        self.limit
+        self.limit.load(Relaxed)
+    }
+
+    pub(crate) fn set_limit(&self, limit: usize) {
+        self.limit.store(limit, Relaxed);
     }
 
     /// An empty table, or `None` at the limit.
     pub(crate) fn allocate(&self) -> Option<OwnedTable> {
-        if self.used.fetch_add(1, Relaxed) >= self.limit {
+        if self.used.fetch_add(1, Relaxed) >= self.limit() {
             self.used.fetch_sub(1, Relaxed);
             return None;
         }
@@ -295,8 +299,8 @@ pub(crate) struct TableCache {
     tables: Vec<OwnedTable>,
 }
 
-/// What one fault may use: a table per level, with room for splits.
-const CACHE_TABLES: usize = 6;
+/// Tables that one vCPU sets aside: what one fault may use, a table per level, with room for splits.
+pub const CACHE_TABLES: usize = 6;
 
 impl TableCache {
     pub(crate) fn new(pool: Arc<TablePool>) -> Self {
