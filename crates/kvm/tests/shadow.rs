@@ -98,6 +98,51 @@ fn shadow_pages_stay_within_their_limit() {
     assert!(alive <= 64, "{alive} alive");
 }
 
+/// The supervisor may touch user pages with EFLAGS.AC set, but the processor does not do so on its
+/// own to load a segment.
+#[test]
+fn implicit_accesses_to_user_pages_are_refused() {
+    const ALIAS: u64 = 2 << 20;
+    const LDT: u64 = 0xb000;
+    const HANDLER: u64 = 0x2000;
+    const SMAP: u64 = 1 << 21;
+    let code = assemble(|a| {
+        a.mov(rbx, ALIAS + LDT + 8)?;
+        a.stac()?;
+        a.mov(rcx, qword_ptr(rbx))?;
+        a.mov(eax, 0xc)?;
+        a.mov(ds, eax)?;
+        a.out(0x80, al)
+    });
+    for ept in [true, false] {
+        let mut machine = Machine::new_in(with_ept(ept), Irqchip::None, 1, &code);
+        machine.gate(14, HANDLER);
+        machine.code_at(HANDLER, |a| {
+            a.pop(rax)?;
+            a.mov(rdx, cr2)?;
+            a.out(0x81, al)
+        });
+        machine.memory.write_u64(LDT + 8, 0x00cf_9300_0000_ffff);
+        // The first 2 MiB are the supervisor's; the next are the same memory, for all.
+        machine.memory.write_u64(TABLES + 0x2000, 0x83);
+        machine.memory.write_u64(TABLES + 0x2008, 0x87);
+        let vcpu = machine.vcpu();
+        let mut sregs = vcpu.get_sregs().unwrap();
+        sregs.cr4 |= SMAP;
+        sregs.ldt.base = ALIAS + LDT;
+        sregs.ldt.limit = 0xff;
+        vcpu.set_sregs(&sregs).unwrap();
+        match vcpu.run().unwrap() {
+            VcpuExit::IoOut(0x81, _) => {}
+            other => panic!("{other:?}"),
+        }
+        let regs = vcpu.get_regs().unwrap();
+        let found = (regs.rax, regs.rdx, regs.rcx);
+        let expected = (1, ALIAS + LDT + 8, 0x00cf_9300_0000_ffff);
+        assert_eq!(found, expected, "EPT {ept}");
+    }
+}
+
 /// One vCPU clears the accessed bit of an entry, uses it, and looks whether the processor set the
 /// bit; the other keeps toggling another bit of the entry. All their writes to the entry are locked,
 /// and nearly all of them are emulated. None may undo what a walk or the other did meanwhile.

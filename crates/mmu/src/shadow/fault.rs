@@ -100,6 +100,14 @@ impl Mmu {
             }
         };
         let result = self.shadow_fault(vcpu, &slots, current, &found, gva.get(), access);
+        if result == FaultResult::Spurious {
+            if let Some(code) = refused_implicit(vcpu, guest, &current, &found, gva, access) {
+                vcpu.counters.guest_faults.bump();
+                return ShadowResult::Guest(code);
+            }
+        } else {
+            vcpu.shadow.spurious = (0, 0);
+        }
         ShadowResult::Verdict(result, found.gpa)
     }
 
@@ -499,6 +507,35 @@ impl Mmu {
         );
         Some((leaf.gfn, entry))
     }
+}
+
+/// The guest's #PF for an implicit access that the supervisor makes with EFLAGS.AC set, of which the
+/// error code does not tell that it is one.
+///
+/// As an explicit access it is allowed, and the tables say so; yet the processor faults, and goes on
+/// faulting. An explicit access faults once or twice like that, when another vCPU has mended the
+/// entry meanwhile.
+fn refused_implicit(
+    vcpu: &mut Vcpu,
+    guest: &GuestMode,
+    current: &Current,
+    found: &Found,
+    gva: Gva,
+    access: Access,
+) -> Option<ErrorCode> {
+    const IN_A_ROW: u32 = 8;
+    let spurious = &mut vcpu.shadow.spurious;
+    if spurious.0 != gva.get() {
+        *spurious = (gva.get(), 0);
+    }
+    spurious.1 += 1;
+    if spurious.1 < IN_A_ROW || access.contains(Access::FETCH) {
+        return None;
+    }
+    let access = access | Access::IMPLICIT;
+    let protection = current.paging.protection();
+    let judged = protection.check(found.rights, found.key, access, &guest.privilege);
+    judged.err()
 }
 
 /// The rights of a leaf that satisfies the access, or `None` where no entry can: then the access is
