@@ -80,6 +80,7 @@ pub(crate) struct Core {
     pub(crate) controls: Controls,
     /// The VM has no EPT.
     pub(crate) has_shadow_paging: bool,
+    pub(crate) faults_in_vain: exits::shadow::FaultsInVain,
     pub(crate) events: Events,
     pub(crate) msrs: MsrState,
     /// The VM's filter as of the last look at it.
@@ -192,6 +193,7 @@ impl Vcpu {
             mmu: vm.mmu.create_vcpu(id),
             controls: initial_controls(),
             has_shadow_paging: vm.mmu.config().shadow,
+            faults_in_vain: Default::default(),
             events: Events::default(),
             msrs: MsrState::new(bootstrap),
             msr_filter: None,

@@ -144,15 +144,40 @@ impl Core {
     }
 }
 
+/// Faults in a row at one place that the tables say are none.
+#[derive(Debug, Default)]
+pub(crate) struct FaultsInVain {
+    /// RIP and address.
+    here: Option<(u64, Gva)>,
+    count: u32,
+}
+
+impl FaultsInVain {
+    /// Counts; true if it goes on longer than by another vCPU's having mended the entry meanwhile.
+    fn goes_on(&mut self, here: Option<(u64, Gva)>) -> bool {
+        const LIMIT: u32 = 64;
+        let is_again = here.is_some() && self.here == here;
+        self.here = here;
+        self.count = if is_again { self.count + 1 } else { 0 };
+        self.count >= LIMIT
+    }
+}
+
 /// Asks the MMU about a #PF.
 fn ask(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> ShadowResult {
     core.counters.page_faults += 1;
     let guest = core.guest_mode();
     let code = ErrorCode::from_bits_retain(exit.interruption_error_code.into());
     let gva = Gva::new(exit.qualification);
-    vcpu.vm()
-        .mmu
-        .handle_shadow_fault(&mut core.mmu, &guest, gva, code)
+    let mmu = &vcpu.vm().mmu;
+    let result = mmu.handle_shadow_fault(&mut core.mmu, &guest, gva, code);
+    let is_in_vain = matches!(result, ShadowResult::Verdict(FaultResult::Spurious, _));
+    let here = is_in_vain.then_some((core.cpu.state.rip, gva));
+    if !core.faults_in_vain.goes_on(here) {
+        return result;
+    }
+    let refused = mmu.refused_implicit_access(&mut core.mmu, &guest, gva, code);
+    refused.map_or(result, ShadowResult::Guest)
 }
 
 /// #PF.

@@ -50,6 +50,15 @@ enum Stop {
     OutOfTables,
 }
 
+/// What was tried.
+fn access_of(code: ErrorCode) -> Access {
+    let mut access = Access::empty();
+    access.set(Access::WRITE, code.contains(ErrorCode::WRITE));
+    access.set(Access::FETCH, code.contains(ErrorCode::FETCH));
+    access.set(Access::USER, code.contains(ErrorCode::USER));
+    access
+}
+
 /// The index of the entry for a linear address at a level.
 pub(super) fn index_of(gva: u64, level: Level) -> u16 {
     (gva >> level.shift() & 511) as u16
@@ -70,10 +79,7 @@ impl Mmu {
             vcpu.counters.stale_root.bump();
             return ShadowResult::Verdict(FaultResult::Retry, Gpa::new(0));
         };
-        let mut access = Access::empty();
-        access.set(Access::WRITE, code.contains(ErrorCode::WRITE));
-        access.set(Access::FETCH, code.contains(ErrorCode::FETCH));
-        access.set(Access::USER, code.contains(ErrorCode::USER));
+        let mut access = access_of(code);
         let is_implicit = guest.is_user && !access.contains(Access::USER);
         access.set(Access::IMPLICIT, is_implicit);
         if code.contains(ErrorCode::RSVD)
@@ -100,15 +106,29 @@ impl Mmu {
             }
         };
         let result = self.shadow_fault(vcpu, &slots, current, &found, gva.get(), access);
-        if result == FaultResult::Spurious {
-            if let Some(code) = refused_implicit(vcpu, guest, &current, &found, gva, access) {
-                vcpu.counters.guest_faults.bump();
-                return ShadowResult::Guest(code);
-            }
-        } else {
-            vcpu.shadow.spurious = (0, 0);
-        }
         ShadowResult::Verdict(result, found.gpa)
+    }
+
+    /// The guest's #PF for an access that goes on faulting although the tables allow it
+    /// ([`FaultResult::Spurious`]): an implicit one that the supervisor makes with EFLAGS.AC set, of
+    /// which the error code does not tell that it is one.
+    pub fn refused_implicit_access(
+        &self,
+        vcpu: &mut Vcpu,
+        guest: &GuestMode,
+        gva: Gva,
+        code: ErrorCode,
+    ) -> Option<ErrorCode> {
+        let current = vcpu.shadow.current()?;
+        let slots = self.slots();
+        let mut memory = GuestMemory {
+            mmu: self,
+            slots: &slots,
+            space: vcpu.space,
+        };
+        let access = access_of(code) | Access::IMPLICIT;
+        let found = translate(&mut memory, guest, &current.paging, gva.get(), access);
+        found.err()
     }
 
     fn shadow_fault(
@@ -507,35 +527,6 @@ impl Mmu {
         );
         Some((leaf.gfn, entry))
     }
-}
-
-/// The guest's #PF for an implicit access that the supervisor makes with EFLAGS.AC set, of which the
-/// error code does not tell that it is one.
-///
-/// As an explicit access it is allowed, and the tables say so; yet the processor faults, and goes on
-/// faulting. An explicit access faults once or twice like that, when another vCPU has mended the
-/// entry meanwhile.
-fn refused_implicit(
-    vcpu: &mut Vcpu,
-    guest: &GuestMode,
-    current: &Current,
-    found: &Found,
-    gva: Gva,
-    access: Access,
-) -> Option<ErrorCode> {
-    const IN_A_ROW: u32 = 8;
-    let spurious = &mut vcpu.shadow.spurious;
-    if spurious.0 != gva.get() {
-        *spurious = (gva.get(), 0);
-    }
-    spurious.1 += 1;
-    if spurious.1 < IN_A_ROW || access.contains(Access::FETCH) {
-        return None;
-    }
-    let access = access | Access::IMPLICIT;
-    let protection = current.paging.protection();
-    let judged = protection.check(found.rights, found.key, access, &guest.privilege);
-    judged.err()
 }
 
 /// The rights of a leaf that satisfies the access, or `None` where no entry can: then the access is

@@ -52,8 +52,6 @@ pub(crate) struct VcpuShadow {
     known: Vec<Known>,
     /// [`super::page::Shadow::large_drops`] when the processor last dropped everything.
     pub(super) large_drops: u64,
-    /// Faults in a row at one address that the tables say are none.
-    pub(super) spurious: (u64, u32),
 }
 
 /// The current root of a vCPU.
