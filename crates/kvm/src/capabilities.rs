@@ -19,6 +19,9 @@ const QUIRKS: u64 = (KVM_X86_QUIRK_LINT0_REENABLED
     | KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
     | KVM_X86_QUIRK_FIX_HYPERCALL_INSN
     | KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS) as u64;
+/// Exits that can be disabled. PAUSE never exits. A processor without MWAIT has no exits of it to
+/// disable, and there are no C-states to hand over.
+const DISABLED_EXITS: u32 = KVM_X86_DISABLE_EXITS_HLT | KVM_X86_DISABLE_EXITS_PAUSE;
 /// Hypercalls that can be made to exit: KVM_HC_MAP_GPA_RANGE.
 const EXIT_HYPERCALLS: u64 = 1 << 12;
 const MSR_REASONS: u32 =
@@ -111,9 +114,7 @@ pub(crate) fn check(capability: u32) -> i32 {
         KVM_CAP_SYNC_MMU => 1,
         KVM_CAP_MULTI_ADDRESS_SPACE => mmu::AddressSpace::ALL.len() as i32,
         KVM_CAP_X2APIC_API => X2APIC_FLAGS as i32,
-        // PAUSE never exits. A guest cannot halt or idle the host's processor from here, so HLT
-        // and MWAIT always do, and there are no C-states to hand over.
-        KVM_CAP_X86_DISABLE_EXITS => KVM_X86_DISABLE_EXITS_PAUSE as i32,
+        KVM_CAP_X86_DISABLE_EXITS => DISABLED_EXITS as i32,
         KVM_CAP_DISABLE_QUIRKS2 => QUIRKS as i32,
         KVM_CAP_X86_USER_SPACE_MSR => MSR_REASONS as i32,
         KVM_CAP_EXIT_HYPERCALL => EXIT_HYPERCALLS as i32,
@@ -176,10 +177,12 @@ pub(crate) fn enable(vm: &Vm, request: &kvm_enable_cap) -> Result<()> {
             }
         }
         KVM_CAP_X86_DISABLE_EXITS => {
-            reject_unknown(KVM_X86_DISABLE_EXITS_PAUSE as u64)?;
+            reject_unknown(DISABLED_EXITS as u64)?;
             if vm.has_vcpus() {
                 return fail(libc::EINVAL);
             }
+            let hlt = value & KVM_X86_DISABLE_EXITS_HLT as u64 != 0;
+            vm.update_settings(|s| s.halts_in_guest |= hlt);
         }
         KVM_CAP_MSR_PLATFORM_INFO => {}
         KVM_CAP_EXCEPTION_PAYLOAD => vm.update_settings(|s| s.exception_payload = value != 0),

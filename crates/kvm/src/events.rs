@@ -93,6 +93,21 @@ impl Events {
         });
     }
 
+    /// An exception goes before the event whose delivery raised it, which could not be delivered
+    /// at all otherwise: an interrupt waits anew until the guest takes interrupts, and an
+    /// instruction that raises an event is executed again. (An exception cut short would have been
+    /// combined with the new one.)
+    pub(crate) fn put_back(&mut self) {
+        let Some(event) = self.again.take() else {
+            return;
+        };
+        match event.info.kind() {
+            InterruptionType::ExternalInterrupt => self.interrupt = Some(event.info.vector()),
+            InterruptionType::Nmi => self.nmis += 1,
+            _ => {}
+        }
+    }
+
     /// Whether anything but maskable interrupts waits.
     pub(crate) fn any(&self) -> bool {
         self.exception.is_some() || self.again.is_some() || self.nmis != 0 || self.triple_fault
@@ -202,6 +217,23 @@ mod tests {
         events.raise(fault(13));
         assert_eq!(events.exception, Some(fault(8)));
         assert!(events.again.is_none());
+    }
+
+    #[test]
+    fn a_fault_in_the_delivery_of_an_interrupt_goes_first() {
+        for (kind, interrupt, nmis) in [
+            (InterruptionType::ExternalInterrupt, Some(0x41), 0),
+            (InterruptionType::Nmi, None, 1),
+            (InterruptionType::SoftwareInterrupt, None, 0),
+        ] {
+            let mut events = Events::default();
+            events.cut_short(InterruptionInfo::new(kind, 0x41, false), 0, 0);
+            events.raise(fault(14));
+            assert_eq!(events.exception, Some(fault(14)));
+            events.put_back();
+            assert!(events.again.is_none());
+            assert_eq!((events.interrupt, events.nmis), (interrupt, nmis));
+        }
     }
 
     #[test]

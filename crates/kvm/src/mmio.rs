@@ -242,7 +242,7 @@ fn advance(core: &mut Core, vcpu: &Vcpu, observer: Option<&mut dyn cpu::Observer
                 core.emulation.asking = Some((asking, 0));
                 return ask(core, vcpu);
             }
-            Emulated::Exit(exit) => match nested_exit(core, vcpu, &exit) {
+            Emulated::Exit(exit) => match nested_exit(core, vcpu, &exit, observer.is_some()) {
                 Some(outcome) => return outcome,
                 None => continue,
             },
@@ -258,13 +258,20 @@ fn advance(core: &mut Core, vcpu: &Vcpu, observer: Option<&mut dyn cpu::Observer
 ///
 /// Data accesses to devices are the bus's and do not exit. What meets a device's entry all the same
 /// is the fetch of the instruction itself or a guest paging structure, and neither can be emulated.
-fn nested_exit(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Option<Outcome> {
+///
+/// An observed instruction may be on a page that traps execution, which is to be read then.
+fn nested_exit(core: &mut Core, vcpu: &Vcpu, exit: &VmExit, observed: bool) -> Option<Outcome> {
     use mmu::FaultResult as R;
     if core.has_shadow_paging {
         return exits::shadow::nested_exit(core, vcpu, exit);
     }
     let code = match exit.reason {
-        ExitReason::EptViolation => exits::violation_code(exit),
+        ExitReason::EptViolation => match exits::violation_code(exit) {
+            code if observed && code.contains(ErrorCode::FETCH) => {
+                code - ErrorCode::FETCH | ErrorCode::USER
+            }
+            code => code,
+        },
         ExitReason::EptMisconfiguration => ErrorCode::RSVD,
         _ => return Some(exits::handle(core, vcpu, exit)),
     };

@@ -486,7 +486,7 @@ impl Core {
     /// KVM_GET_MP_STATE.
     pub(crate) fn mp_state(&self) -> kvm_mp_state {
         let state = match self.mp_state {
-            MpState::Halted if self.kicked => MpState::Runnable,
+            MpState::Halted if self.kicked || self.halted_in_guest => MpState::Runnable,
             state => state,
         };
         kvm_mp_state {
@@ -512,6 +512,7 @@ impl Core {
             return fail(libc::EINVAL);
         }
         self.mp_state = new;
+        self.halted_in_guest = false;
         Ok(())
     }
 

@@ -89,6 +89,9 @@ pub(crate) struct Core {
     pub(crate) features: Features,
     pub(crate) tsc: GuestTsc,
     pub(crate) mp_state: MpState,
+    /// The halt is the processor's own business (KVM_X86_DISABLE_EXITS_HLT): to user space the
+    /// vCPU runs.
+    pub(crate) halted_in_guest: bool,
     pub(crate) completion: Option<Completion>,
     /// Length of the instruction that an MSR access or hypercall in progress is.
     pub(crate) exit_length: u64,
@@ -205,6 +208,7 @@ impl Vcpu {
             } else {
                 MpState::Runnable
             },
+            halted_in_guest: false,
             completion: None,
             exit_length: 0,
             emulation: Emulation::default(),
@@ -504,15 +508,19 @@ impl Core {
         if std::mem::take(&mut self.debug.stepped) {
             return exits::step_exit(self, vcpu);
         }
-        if vcpu.apic().is_none() {
-            let wanted = vcpu.kvm_run(self).request_interrupt_window != 0;
-            if wanted && self.ready_for_interrupt(vcpu) {
-                vcpu.kvm_run(self).exit_reason = KVM_EXIT_IRQ_WINDOW_OPEN;
-                self.counters.irq_window_exits += 1;
-                return Outcome::Exit;
-            }
+        if self.interrupt_window_wanted(vcpu) {
+            vcpu.kvm_run(self).exit_reason = KVM_EXIT_IRQ_WINDOW_OPEN;
+            self.counters.irq_window_exits += 1;
+            return Outcome::Exit;
         }
         Outcome::Resume
+    }
+
+    /// User space wants to inject an interrupt, and can.
+    fn interrupt_window_wanted(&self, vcpu: &Vcpu) -> bool {
+        vcpu.apic().is_none()
+            && vcpu.kvm_run(self).request_interrupt_window != 0
+            && self.ready_for_interrupt(vcpu)
     }
 
     /// Turns an outcome into KVM_RUN's result.

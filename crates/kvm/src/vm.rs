@@ -82,6 +82,8 @@ pub(crate) struct Settings {
     /// Hypercalls that exit to user space, by number.
     pub(crate) exit_hypercalls: u64,
     pub(crate) disabled_quirks: u64,
+    /// KVM_X86_DISABLE_EXITS_HLT.
+    pub(crate) halts_in_guest: bool,
     pub(crate) exit_on_emulation_failure: bool,
     /// KVM_MSR_EXIT_REASON_* that go to user space.
     pub(crate) user_space_msrs: u32,
@@ -102,6 +104,7 @@ impl Default for Settings {
             triple_fault_event: false,
             exit_hypercalls: 0,
             disabled_quirks: 0,
+            halts_in_guest: false,
             exit_on_emulation_failure: false,
             user_space_msrs: 0,
             msr_filter: None,
@@ -145,8 +148,6 @@ pub(crate) struct Vm {
     /// What KVM_SET_NR_MMU_PAGES said.
     max_mmu_pages: AtomicU64,
     identity_map: AtomicU64,
-    /// Guest frames that trap execution.
-    pub(crate) traps: Mutex<std::collections::BTreeSet<u64>>,
 }
 
 impl std::fmt::Debug for Vm {
@@ -200,7 +201,6 @@ impl Vm {
             tss_address: AtomicU64::new(0),
             max_mmu_pages: AtomicU64::new(config.max_table_pages as u64),
             identity_map: AtomicU64::new(0xfffb_c000),
-            traps: Mutex::default(),
         }))
     }
 

@@ -205,26 +205,3 @@ fn blocked_signals_that_the_mask_lets_through_end_a_run() {
     assert_eq!(taken, libc::SIGUSR1);
     machine.vcpu().set_signal_mask(None).unwrap();
 }
-
-#[test]
-fn only_pause_exits_can_be_disabled() {
-    let machine = Machine::new(Irqchip::None, 1, &stops());
-    let offered = machine
-        .vm
-        .check_extension_raw(KVM_CAP_X86_DISABLE_EXITS.into());
-    assert_eq!(offered as u32, KVM_X86_DISABLE_EXITS_PAUSE);
-    assert_eq!(
-        enable(&machine, KVM_CAP_X86_DISABLE_EXITS, offered as u64),
-        Err(libc::EINVAL),
-        "there is a vCPU"
-    );
-    let vm = machine.kvm.create_vm().unwrap();
-    let mut request = kvm_enable_cap {
-        cap: KVM_CAP_X86_DISABLE_EXITS,
-        ..Default::default()
-    };
-    request.args[0] = KVM_X86_DISABLE_EXITS_HLT as u64;
-    assert_eq!(vm.enable_cap(&request).unwrap_err().errno(), libc::EINVAL);
-    request.args[0] = offered as u64;
-    vm.enable_cap(&request).unwrap();
-}

@@ -65,3 +65,57 @@ fn execution_traps_trace_a_function() {
     assert_eq!(trace.writes, [0x5000]);
     assert_eq!(machine.memory.read_u64(0x5000), 77);
 }
+
+/// The flags are the memslot's: they move with it and go with it.
+#[test]
+fn traps_belong_to_the_slot() {
+    const HERE: u64 = 0x4000_0000;
+    const THERE: u64 = 0x4800_0000;
+    let code = assemble(|a| {
+        for target in [HERE, THERE] {
+            a.mov(rax, target)?;
+            a.call(rax)?;
+            stop(a)?;
+        }
+        Ok(())
+    });
+    let mut machine = Machine::new(Irqchip::None, 1, &code);
+    let extra = Memory::new(0x4000);
+    extra.write(0, &assemble_at(HERE, |a| a.ret()));
+    let place = |machine: &Machine, region| {
+        // SAFETY: the memory outlives the machine's vCPU's runs.
+        unsafe { machine.vm.set_user_memory_region(region).unwrap() };
+    };
+    let traps = |machine: &Machine, at: u64| machine.vm.execution_traps(at >> 12, 2).unwrap();
+    place(&machine, extra.region(1, HERE));
+    machine.vm.set_execution_traps(HERE >> 12, 1, true).unwrap();
+    let trapped = |machine: &mut Machine, at| {
+        let exit = machine.vcpu().run().unwrap();
+        assert!(
+            matches!(exit, VcpuExit::Unsupported(kvm::KVM_EXIT_EMULATE)),
+            "{exit:?}"
+        );
+        assert_eq!(machine.vcpu().emulate_exit().rip, at);
+        let mut trace = Trace::default();
+        assert!(machine.vcpu().step(&mut trace).unwrap().is_none());
+        runs_to_stop(machine);
+    };
+    trapped(&mut machine, HERE);
+    place(&machine, extra.region(1, THERE));
+    assert_eq!(traps(&machine, HERE), [0, 0]);
+    assert_eq!(traps(&machine, THERE), [kvm::ACCESS_TRAP_EXECUTION, 0]);
+    trapped(&mut machine, THERE);
+    let mut gone = extra.region(1, THERE);
+    gone.memory_size = 0;
+    place(&machine, gone);
+    place(&machine, extra.region(1, THERE));
+    assert_eq!(traps(&machine, THERE), [0, 0]);
+    let mut regs = machine.vcpu().get_regs().unwrap();
+    regs.rip = THERE;
+    regs.rsp -= 8;
+    machine.memory.write_u64(regs.rsp, 0x3000);
+    machine.code_at(0x3000, stop);
+    machine.vcpu().set_regs(&regs).unwrap();
+    runs_to_stop(&mut machine);
+    drop(machine);
+}

@@ -211,3 +211,57 @@ fn the_mode_is_saved_and_restored() {
     assert_eq!(machine.vcpu().get_vcpu_events().unwrap().smi, inside.smi);
     runs_to(&mut machine, 0x80);
 }
+
+/// A processor without long mode saves its state in the 32-bit layout.
+#[test]
+fn a_32_bit_processor_has_its_own_layout() {
+    const EXTENDED_FEATURES: u32 = 0x8000_0001;
+    const LONG_MODE: u32 = 1 << 29;
+    let code = assemble32(CODE as u32, |a| {
+        a.mov(eax, 0x1122_3344)?;
+        a.mov(ebx, 0x5566_7788)?;
+        stop(a)?;
+        a.nop()?;
+        stop(a)
+    });
+    // The handler changes EBX where it was saved.
+    let handler = [&LEAVE[..], &store(0xffdc, 0x99), &RSM].concat();
+    let (mut machine, smram) = machine(Irqchip::None, &code, &handler);
+    let mut cpuid = machine.kvm.get_supported_cpuid(256).unwrap();
+    for entry in cpuid.as_mut_slice() {
+        if entry.function == EXTENDED_FEATURES {
+            entry.edx &= !LONG_MODE;
+        }
+    }
+    machine.protected_mode();
+    machine.vcpu().set_cpuid2(&cpuid).unwrap();
+    runs_to(&mut machine, 0x80);
+    let before = machine.vcpu().get_sregs().unwrap();
+    machine.vcpu().smi().unwrap();
+    runs_to(&mut machine, 0x81);
+    let saved = |offset: u64| {
+        let at = SMBASE - SMRAM + 0xfe00 + offset;
+        let word = smram.read_u64(at & !7);
+        (word >> (8 * (at & 7))) as u32
+    };
+    assert_eq!(saved(0xfc), 0x2_0000, "revision");
+    assert_eq!(u64::from(saved(0xf8)), SMBASE);
+    assert_eq!((saved(0x1d0), saved(0x1dc)), (0x1122_3344, 0x5566_7788));
+    assert_eq!(u64::from(saved(0x1fc)), before.cr0);
+    assert_eq!((saved(0x1ac), saved(0x1b4)), (8, 16), "CS, DS");
+    assert_eq!(
+        (saved(0x194), saved(0x190)),
+        (0xffff_ffff, 0x00c0_9b00),
+        "CS"
+    );
+
+    runs_to(&mut machine, 0x80);
+    let after = machine.vcpu().get_sregs().unwrap();
+    assert_eq!(
+        (after.cs, after.ss, after.tr),
+        (before.cs, before.ss, before.tr)
+    );
+    assert_eq!((after.cr0, after.gdt.base), (before.cr0, before.gdt.base));
+    let regs = machine.vcpu().get_regs().unwrap();
+    assert_eq!((regs.rax, regs.rbx), (0x1122_3344, 0x99));
+}

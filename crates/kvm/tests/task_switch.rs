@@ -31,12 +31,6 @@ fn descriptor(base: u64, limit: u64, access: u64, flags: u64) -> u64 {
         | (base >> 24 & 0xff) << 56
 }
 
-fn assemble32(at: u32, build: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u8> {
-    let mut a = CodeAssembler::new(32).unwrap();
-    build(&mut a).unwrap();
-    a.assemble(at as u64).unwrap()
-}
-
 fn far(a: &mut CodeAssembler, opcode: u8, selector: u16) -> Result<(), IcedError> {
     let [low, high] = selector.to_le_bytes();
     a.db(&[opcode, 0, 0, 0, 0, low, high])
@@ -84,25 +78,9 @@ fn machine(code: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Ma
     for (offset, selector) in [(34, 16), (36, 8), (38, 16), (40, 16)] {
         half(TSS_16 + offset, selector);
     }
+    machine.protected_mode();
     let vcpu = &machine.vcpus[0];
     let mut sregs = vcpu.get_sregs().unwrap();
-    let base = kvm_segment {
-        limit: 0xffff_ffff,
-        selector: 8,
-        type_: 11,
-        present: 1,
-        db: 1,
-        s: 1,
-        g: 1,
-        ..Default::default()
-    };
-    let data = kvm_segment {
-        selector: 16,
-        type_: 3,
-        ..base
-    };
-    sregs.cs = base;
-    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.tr = kvm_segment {
         base: TSS_A,
         limit: 0x67,

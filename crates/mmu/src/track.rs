@@ -86,6 +86,14 @@ impl Mmu {
         Ok(())
     }
 
+    /// Whether a fetch from the frame traps. A frame in no slot has no trap.
+    pub fn has_execution_trap(&self, space: AddressSpace, gfn: Gfn) -> bool {
+        let slots = self.slots();
+        slots
+            .find(space, gfn)
+            .is_some_and(|slot| slot.traps_execution(gfn))
+    }
+
     fn with_slot<T>(
         &self,
         space: AddressSpace,

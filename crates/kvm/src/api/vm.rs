@@ -14,7 +14,7 @@ use kvm_bindings::*;
 use mmu::DirtyLogError;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::raw::{c_int, c_ulong};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 /// An address of port I/O or of memory.
@@ -394,23 +394,16 @@ impl VmFd {
     /// Eptide's own: flags guest frames `first..first + count` so that executing from them ends
     /// KVM_RUN with [`crate::KVM_EXIT_EMULATE`], or takes the flag away. In force before the next
     /// instruction of any vCPU. Frames in no memslot are ENOENT, with nothing changed.
+    ///
+    /// The flags are the memslot's: they move with it and go with it.
     pub fn set_execution_traps(&self, first: u64, count: u64, trapped: bool) -> Result<()> {
         let end = first.checked_add(count).ok_or(Error::new(libc::EINVAL))?;
-        let mut traps = self.vm.traps.lock().unwrap_or_else(PoisonError::into_inner);
         let range = Gfn::new(first)..Gfn::new(end);
         let space = mmu::AddressSpace::Normal;
         self.vm
             .mmu
             .set_execution_traps(space, range, trapped)
-            .map_err(|_| Error::new(libc::ENOENT))?;
-        for gfn in first..end {
-            if trapped {
-                traps.insert(gfn);
-            } else {
-                traps.remove(&gfn);
-            }
-        }
-        Ok(())
+            .map_err(|_| Error::new(libc::ENOENT))
     }
 
     /// Eptide's own: the access bytes of a range of guest frames:
@@ -422,13 +415,10 @@ impl VmFd {
             access: 0,
         }
         .checked_count()? as u64;
-        let traps = self.vm.traps.lock().unwrap_or_else(PoisonError::into_inner);
+        let space = mmu::AddressSpace::Normal;
         let byte = |gfn| {
-            if traps.contains(&gfn) {
-                ACCESS_TRAP_EXECUTION
-            } else {
-                0
-            }
+            let trapped = self.vm.mmu.has_execution_trap(space, Gfn::new(gfn));
+            if trapped { ACCESS_TRAP_EXECUTION } else { 0 }
         };
         Ok((first..first + count).map(byte).collect())
     }

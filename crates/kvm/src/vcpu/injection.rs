@@ -82,18 +82,19 @@ impl Core {
             return exits::shutdown(self, vcpu);
         }
         let mut injected = None;
-        if let Some(again) = self.events.again.take() {
-            if again.info.kind() == InterruptionType::Nmi {
-                self.cpu.state.interruptibility -= Interruptibility::NMI;
-            }
-            injected = Some(again);
-        } else if let Some(exception) = self.events.exception.take() {
+        if let Some(exception) = self.events.exception.take() {
+            self.events.put_back();
             let state = &mut self.cpu.state;
             events::apply_payload(state, &exception);
             if events::is_fault(exception.vector) {
                 state.set_rflags(state.rflags() | Rflags::RF.bits());
             }
             injected = Some(events::exception_injection(&exception));
+        } else if let Some(again) = self.events.again.take() {
+            if again.info.kind() == InterruptionType::Nmi {
+                self.cpu.state.interruptibility -= Interruptibility::NMI;
+            }
+            injected = Some(again);
         }
         if self.smi_waits() {
             if injected.is_none() {

@@ -163,9 +163,13 @@ impl Core {
                 if self.mp_state == MpState::Halted {
                     self.mp_state = MpState::Runnable;
                     self.kicked = false;
+                    self.halted_in_guest = false;
                     self.counters.halt_wakeups += 1;
                 }
                 self.look_for_events = true;
+                return Outcome::Resume;
+            }
+            if self.interrupt_window_wanted(vcpu) {
                 return Outcome::Resume;
             }
             let mailbox = vcpu.mailbox();
@@ -191,6 +195,11 @@ impl Core {
 
     /// HLT was executed.
     pub(crate) fn halt(&mut self, vcpu: &Vcpu) -> Outcome {
+        if vcpu.vm().settings().halts_in_guest {
+            self.mp_state = MpState::Halted;
+            self.halted_in_guest = true;
+            return Outcome::Resume;
+        }
         self.counters.halt_exits += 1;
         if vcpu.apic().is_some() {
             self.mp_state = MpState::Halted;

@@ -157,6 +157,16 @@ pub(crate) fn runs_to_stop(machine: &mut Machine) {
     }
 }
 
+/// Assembles 32-bit code.
+pub(crate) fn assemble32(
+    at: u32,
+    build: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Vec<u8> {
+    let mut a = CodeAssembler::new(32).unwrap();
+    build(&mut a).unwrap();
+    a.assemble(at as u64).unwrap()
+}
+
 /// What controllers a machine has.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Irqchip {
@@ -274,6 +284,31 @@ impl Machine {
         let mut regs = vcpu.get_regs().unwrap();
         (regs.rip, regs.rsp, regs.rflags) = (CODE, STACK, 2);
         vcpu.set_regs(&regs).unwrap();
+    }
+
+    /// Puts the first vCPU into 32-bit protected mode without paging, with flat segments.
+    pub(crate) fn protected_mode(&self) {
+        let vcpu = &self.vcpus[0];
+        let mut sregs = vcpu.get_sregs().unwrap();
+        let code = kvm_segment {
+            limit: 0xffff_ffff,
+            selector: 8,
+            type_: 11,
+            present: 1,
+            db: 1,
+            s: 1,
+            g: 1,
+            ..Default::default()
+        };
+        let data = kvm_segment {
+            selector: 16,
+            type_: 3,
+            ..code
+        };
+        sregs.cs = code;
+        (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+        (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (0x11, 0, 0, 0);
+        vcpu.set_sregs(&sregs).unwrap();
     }
 
     /// Points an interrupt vector at 64-bit code.

@@ -109,6 +109,7 @@ pub(crate) fn plan(
     if old.base != base {
         check_overlap(slots, id, base, pages)?;
         let moved = Memslot::new(id, base, pages, region.hva, flags);
+        moved.adopt_execution_traps(&old);
         return Ok(Change::Move(old, moved));
     }
     if old.flags == flags {

@@ -294,6 +294,20 @@ impl Memslot {
         access.is_some_and(|byte| byte.load(SeqCst) & ACCESS_TRAP_EXECUTE != 0)
     }
 
+    /// Takes over the traps of the slot that this one, which nobody has seen yet, is after its
+    /// move: traps belong to the memory, not to where it is.
+    pub(crate) fn adopt_execution_traps(&self, old: &Memslot) {
+        let frames = |slot: &Memslot| {
+            let first = slot.base.get();
+            (first..first + slot.pages).map(Gfn::new)
+        };
+        for (before, after) in frames(old).zip(frames(self)) {
+            if old.traps_execution(before) {
+                self.set_execution_trap(after, true);
+            }
+        }
+    }
+
     /// Sets or clears the trap of one frame; true if that was a change.
     pub(crate) fn set_execution_trap(&self, gfn: Gfn, is_trapped: bool) -> bool {
         let byte = self.state.access.get_or_make(self.index(gfn));
