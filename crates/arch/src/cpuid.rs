@@ -59,6 +59,7 @@ macro_rules! words {
             pub const ALL: &'static [Feature] = &[$($(Feature::$name,)*)*];
 
             /// The word and bit number of the feature.
+            #[inline]
             pub const fn position(self) -> (Word, u8) {
                 match self {
                     $($(Feature::$name => (Word::$word, $bit),)*)*
@@ -218,6 +219,7 @@ impl Features {
     }
 
     /// Whether the set holds `feature`.
+    #[inline]
     pub const fn has(&self, feature: Feature) -> bool {
         let (word, bit) = feature.position();
         self.0[word as usize] >> bit & 1 != 0

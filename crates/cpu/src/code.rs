@@ -60,16 +60,41 @@ pub(crate) struct Block {
     checked: u64,
 }
 
+/// What a cached jump holds for: the context of fetches, the code mode, and how often anything
+/// changed that jumps depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct JumpKey(u64);
+
+impl JumpKey {
+    const MODE: u32 = 12;
+    const GENERATION: u32 = 14;
+    /// No processor's: there is no such mode.
+    const NONE: JumpKey = JumpKey(u64::MAX);
+
+    pub(crate) fn new(fetch_context: u64, mode: CodeMode, generation: u64) -> JumpKey {
+        JumpKey(fetch_context | (mode as u64) << Self::MODE | generation << Self::GENERATION)
+    }
+
+    fn generation(self) -> u64 {
+        self.0 >> Self::GENERATION
+    }
+
+    /// Whether context and mode are the same.
+    fn same_place(self, other: JumpKey) -> bool {
+        (self.0 ^ other.0) & ((1 << Self::GENERATION) - 1) == 0
+    }
+}
+
 #[derive(Clone, Copy)]
 struct Jump {
     linear: u64,
-    key: u64,
+    key: JumpKey,
     block: *const Block,
 }
 
 const NO_JUMP: Jump = Jump {
     linear: 0,
-    key: u64::MAX,
+    key: JumpKey::NONE,
     block: core::ptr::null(),
 };
 
@@ -122,6 +147,12 @@ pub(crate) struct CodeCache {
     epoch: u64,
     /// Changes whenever cached jumps are no longer good.
     generation: u64,
+    /// How often it changed only because memory may have.
+    rechecks: u64,
+    /// All other changes up to the last recheck, and the generation of jumps at that time: jumps
+    /// from then on lack nothing but the comparison with memory.
+    other_changes: u64,
+    recheck_from: u64,
 }
 
 // SAFETY: the raw block pointers point into `blocks`, which moves with the cache.
@@ -139,6 +170,9 @@ impl CodeCache {
             ops: 0,
             epoch: 1,
             generation: 0,
+            rechecks: 0,
+            other_changes: 0,
+            recheck_from: 0,
         }
     }
 
@@ -154,7 +188,7 @@ impl CodeCache {
 
     /// The block last found for this linear address under this key.
     #[inline(always)]
-    pub(crate) fn jump(&self, linear: u64, key: u64) -> Option<*const Block> {
+    pub(crate) fn jump(&self, linear: u64, key: JumpKey) -> Option<*const Block> {
         let jump = &self.jumps[Self::jump_slot(linear)];
         (jump.linear == linear && jump.key == key).then_some(jump.block)
     }
@@ -165,7 +199,7 @@ impl CodeCache {
         hva: u64,
         mode: CodeMode,
         linear: u64,
-        key: u64,
+        key: JumpKey,
     ) -> Option<*const Block> {
         self.dropped.clear();
         let block = self.blocks.get_mut(&(hva, mode))?;
@@ -242,6 +276,32 @@ impl CodeCache {
     pub(crate) fn memory_may_have_changed(&mut self) {
         self.epoch += 1;
         self.generation += 1;
+        self.rechecks += 1;
+    }
+
+    /// The block last found for this linear address, if since then nothing happened but that
+    /// memory may have changed, and its bytes did not.
+    pub(crate) fn recheck(&mut self, linear: u64, key: JumpKey) -> Option<*const Block> {
+        let other_changes = key.generation() - self.rechecks;
+        if other_changes != self.other_changes {
+            self.other_changes = other_changes;
+            self.recheck_from = key.generation();
+            return None;
+        }
+        let jump = &mut self.jumps[Self::jump_slot(linear)];
+        if jump.linear != linear
+            || !jump.key.same_place(key)
+            || jump.key.generation() < self.recheck_from
+        {
+            return None;
+        }
+        // SAFETY: blocks are dropped only by what counts as another change.
+        let block = unsafe { &*jump.block };
+        if block.crosses || !block.is_current() {
+            return None;
+        }
+        jump.key = key;
+        Some(jump.block)
     }
 
     /// A page was newly mapped for fetching: check its blocks before their next use.

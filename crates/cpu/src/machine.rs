@@ -80,13 +80,21 @@ impl Attention {
             .fetch_and(!request::NOTIFICATION, Ordering::SeqCst);
     }
 
-    /// Whether the processor is in guest mode.
+    /// Whether the processor is in guest mode, or soon will be: see
+    /// [`Vcpu::rest`](crate::Vcpu::rest).
     pub fn in_guest(&self) -> bool {
         self.in_guest.load(Ordering::SeqCst)
     }
 
-    pub(crate) fn set_in_guest(&self, inside: bool) {
-        self.in_guest.store(inside, Ordering::SeqCst);
+    /// The processor will execute. Whoever asks from now on waits for its answer; what was asked
+    /// before is seen by a look at the flags after this.
+    pub(crate) fn enter_guest(&self) {
+        self.in_guest.store(true, Ordering::SeqCst);
+    }
+
+    /// The processor executes nothing until it says so. Its stores come before this.
+    pub(crate) fn leave_guest(&self) {
+        self.in_guest.store(false, Ordering::Release);
     }
 
     fn ask(&self, add: impl FnOnce(&mut Queue)) -> u64 {
@@ -258,7 +266,7 @@ mod tests {
     fn code_is_unsettled_until_processors_in_guest_mode_answer() {
         let machine = Machine::new();
         let (a, b) = (machine.add_processor(), machine.add_processor());
-        b.set_in_guest(true);
+        b.enter_guest();
         let mut unsettled = machine.register_code(&a, 0x7000, 4).unwrap();
         assert!(!unsettled.is_settled());
         let (_, ticket) = b.take();

@@ -127,8 +127,12 @@ impl Vcpu {
     ) -> Result<(), Stop> {
         self.check_address(gva, bytes.len(), segment)?;
         let access = self.data_access(Access::empty());
-        let places = self.resolve_split(gva, bytes.len(), access)?;
-        self.transfer_in(gva, &places, bytes, access)
+        if bytes.is_empty() || crosses(gva, bytes.len()) {
+            let places = self.resolve_split(gva, bytes.len(), access)?;
+            return self.transfer_in(gva, &places, bytes, access);
+        }
+        let place = self.resolve_cached(gva, access)?;
+        self.transfer_part_in(gva, place, bytes, access)
     }
 
     /// Like [`Vcpu::read_bytes`], with a fast path for what lies in one page that the TLB knows.
@@ -339,20 +343,33 @@ impl Vcpu {
             (places[0], head, gva),
             (places[1], tail, gva.wrapping_add(split as u64)),
         ] {
-            match place {
-                _ if part.is_empty() => continue,
-                Place::Ram { hva } => {
-                    // SAFETY: `resolve` returns addresses of guest memory only, and the part
-                    // stays inside its page.
-                    if unsafe { load_part(hva, part) }.is_err() {
-                        return Err(self.host_fault(gva, access));
-                    }
-                }
-                Place::Bus { gpa } => self.bus_read(gpa, part)?,
-                Place::Apic { offset } => self.apic_read(offset, part)?,
+            if !part.is_empty() {
+                self.transfer_part_in(gva, place, part, access)?;
             }
-            self.observe_access(gva, part, false);
         }
+        Ok(())
+    }
+
+    /// Reads what lies in one page.
+    fn transfer_part_in(
+        &mut self,
+        gva: u64,
+        place: Place,
+        part: &mut [u8],
+        access: Access,
+    ) -> Result<(), Stop> {
+        match place {
+            Place::Ram { hva } => {
+                // SAFETY: `resolve` returns addresses of guest memory only, and the part stays
+                // inside its page.
+                if unsafe { load_part(hva, part) }.is_err() {
+                    return Err(self.host_fault(gva, access));
+                }
+            }
+            Place::Bus { gpa } => self.bus_read(gpa, part)?,
+            Place::Apic { offset } => self.apic_read(offset, part)?,
+        }
+        self.observe_access(gva, part, false);
         Ok(())
     }
 

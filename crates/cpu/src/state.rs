@@ -205,25 +205,26 @@ pub(crate) struct CoreState([MaybeUninit<u8>; CORE]);
 /// Bytes before the extended state.
 const CORE: usize = core::mem::offset_of!(CpuState, extended);
 
+impl CoreState {
+    /// Room for [`CpuState::save_core`].
+    pub(crate) fn new() -> CoreState {
+        CoreState([MaybeUninit::uninit(); CORE])
+    }
+}
+
 impl CpuState {
-    /// A copy of everything but the extended state.
-    pub(crate) fn core(&self) -> CoreState {
+    /// Copies everything but the extended state.
+    pub(crate) fn save_core(&self, into: &mut CoreState) {
+        let from: *const MaybeUninit<u8> = std::ptr::from_ref(self).cast();
         // SAFETY: the bytes before `extended` belong to `self`; padding stays uninitialised.
-        CoreState(unsafe {
-            std::ptr::from_ref(self)
-                .cast::<[MaybeUninit<u8>; CORE]>()
-                .read()
-        })
+        unsafe { std::ptr::copy_nonoverlapping(from, into.0.as_mut_ptr(), CORE) };
     }
 
-    /// Puts back what [`CpuState::core`] copied.
+    /// Puts back what [`CpuState::save_core`] copied.
     pub(crate) fn restore_core(&mut self, saved: &CoreState) {
+        let into: *mut MaybeUninit<u8> = std::ptr::from_mut(self).cast();
         // SAFETY: the bytes come from a `CpuState`, none of whose fields owns anything.
-        unsafe {
-            std::ptr::from_mut(self)
-                .cast::<[MaybeUninit<u8>; CORE]>()
-                .write(saved.0);
-        }
+        unsafe { std::ptr::copy_nonoverlapping(saved.0.as_ptr(), into, CORE) };
     }
 
     /// The state after power-up reset (SDM volume 3, "Processor State After Reset").

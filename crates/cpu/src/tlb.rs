@@ -160,17 +160,19 @@ impl Tlb {
         self.info[Self::slot(gva)].guarded
     }
 
-    /// The context bits of the tags of `space` and `class`.
-    pub(crate) fn context(&mut self, space: Space, class: Class) -> u64 {
-        self.number(space) << 2 | class as u64
+    /// The part of the context bits that says which space; the rest is the class.
+    #[inline]
+    pub(crate) fn space_bits(&mut self, space: &Space) -> u64 {
+        match self.spaces.front() {
+            Some((last, number)) if last == space => u64::from(*number) << 2,
+            _ => self.number(*space) << 2,
+        }
     }
 
     /// The number of `space`, which stands for it until it is dropped.
     pub(crate) fn number(&mut self, space: Space) -> u64 {
         if let Some(at) = self.spaces.iter().position(|(s, _)| *s == space) {
-            if at != 0
-                && let Some(found) = self.spaces.remove(at)
-            {
+            if let Some(found) = self.spaces.remove(at) {
                 self.spaces.push_front(found);
             }
             return self.spaces[0].1.into();
@@ -275,6 +277,10 @@ impl Tlb {
 mod tests {
     use super::*;
 
+    fn context(tlb: &mut Tlb, space: Space, class: Class) -> u64 {
+        tlb.space_bits(&space) | class as u64
+    }
+
     const SPACE: Space = Space {
         vpid: 1,
         pcid: 0,
@@ -297,7 +303,7 @@ mod tests {
     #[test]
     fn rights_accumulate_for_the_same_translation_only() {
         let mut tlb = Tlb::new();
-        let context = tlb.context(SPACE, Class::User);
+        let context = context(&mut tlb, SPACE, Class::User);
         tlb.fill(context, &fill(0x5000, 12));
         tlb.fill(
             context,
@@ -330,21 +336,21 @@ mod tests {
     #[test]
     fn dropping_a_space_is_forgetting_its_number() {
         let mut tlb = Tlb::new();
-        let a = tlb.context(SPACE, Class::User);
+        let a = context(&mut tlb, SPACE, Class::User);
         let other = Space { pcid: 5, ..SPACE };
-        let b = tlb.context(other, Class::User);
+        let b = context(&mut tlb, other, Class::User);
         assert_ne!(a, b);
-        assert_eq!(tlb.context(SPACE, Class::User), a);
+        assert_eq!(context(&mut tlb, SPACE, Class::User), a);
         tlb.flush_spaces(|s| s.pcid == 0);
-        assert_ne!(tlb.context(SPACE, Class::User), a);
-        assert_eq!(tlb.context(other, Class::User), b);
+        assert_ne!(context(&mut tlb, SPACE, Class::User), a);
+        assert_eq!(context(&mut tlb, other, Class::User), b);
     }
 
     #[test]
     fn numbers_run_out_and_start_again() {
         let mut tlb = Tlb::new();
         for i in 0..3000u64 {
-            let context = tlb.context(Space { root: i, ..SPACE }, Class::Slow);
+            let context = context(&mut tlb, Space { root: i, ..SPACE }, Class::Slow);
             assert!(context >> 2 <= u64::from(LAST_NUMBER));
         }
     }
@@ -352,7 +358,7 @@ mod tests {
     #[test]
     fn a_page_goes_with_the_large_page_around_it() {
         let mut tlb = Tlb::new();
-        let context = tlb.context(SPACE, Class::Supervisor);
+        let context = context(&mut tlb, SPACE, Class::Supervisor);
         tlb.fill(context, &fill(0x20_3000, 21));
         tlb.fill(context, &fill(0x40_3000, 12));
         tlb.flush_page(0x21_0000);

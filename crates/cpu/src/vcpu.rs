@@ -1,6 +1,6 @@
 //! One virtual processor: its parts, and what follows from its registers.
 
-use crate::code::{Block, CodeCache, CodeMode};
+use crate::code::{Block, CodeCache, CodeMode, JumpKey};
 use crate::controls::Controls;
 use crate::event::{Event, Fault};
 use crate::machine::{Attention, Machine, request};
@@ -149,7 +149,7 @@ pub struct Vcpu {
     pub(crate) context: u64,
     /// Low bits of the TLB tags that fetches match now.
     pub(crate) fetch_context: u64,
-    pub(crate) jump_key: u64,
+    pub(crate) jump_key: JumpKey,
     /// Instructions until the loop looks at the clock.
     pub(crate) countdown: i64,
     /// What `countdown` last started from.
@@ -204,6 +204,12 @@ pub struct Vcpu {
     pub(crate) preemption_deadline: Option<u64>,
     pub(crate) pause_loop: PauseLoop,
     pub(crate) host_fault_gpa: Option<u64>,
+    /// What [`Attention::in_guest`] says, for this thread.
+    in_guest: bool,
+    /// [`Vcpu::assume_unchanged`] was called for the next entry or emulation.
+    pub(crate) is_unchanged: bool,
+    /// What follows from `state` was computed anew since this was last cleared.
+    pub(crate) contexts_updated: bool,
     pub(crate) current: *const Block,
     pub(crate) statistics: Statistics,
 }
@@ -221,6 +227,7 @@ unsafe impl Send for Vcpu {}
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
+        self.rest();
         self.machine.remove_processor(&self.attention);
     }
 }
@@ -242,7 +249,7 @@ impl Vcpu {
             state,
             context: 0,
             fetch_context: 0,
-            jump_key: 0,
+            jump_key: JumpKey::new(0, CodeMode::Bits16, 0),
             countdown: 0,
             countdown_start: 0,
             tlb: Tlb::new(),
@@ -277,6 +284,9 @@ impl Vcpu {
             preemption_deadline: None,
             pause_loop: PauseLoop::default(),
             host_fault_gpa: None,
+            in_guest: false,
+            is_unchanged: false,
+            contexts_updated: false,
             current: core::ptr::null(),
             statistics: Statistics::default(),
         })
@@ -323,6 +333,32 @@ impl Vcpu {
     /// compared with memory before it runs again.
     pub fn entered_from_user(&mut self) {
         self.code.memory_may_have_changed();
+        self.update_jump_key();
+    }
+
+    /// Goes into guest mode, and does what other processors asked for meanwhile: before anything
+    /// is stored through translations that they may have asked to drop.
+    pub(crate) fn begin(&mut self) {
+        if !self.in_guest {
+            self.in_guest = true;
+            self.attention.enter_guest();
+        }
+        if self.attention.flags.load(Ordering::SeqCst) & request::QUEUE != 0 {
+            self.serve_queue();
+        }
+    }
+
+    /// Leaves guest mode until the next entry or emulation.
+    ///
+    /// An exit alone does not leave it, since the next entry usually follows at once: other
+    /// processors that decode new code go on expecting this one to answer, and compare that code
+    /// with memory at each execution as long as it does not. Call this before waiting for
+    /// something.
+    pub fn rest(&mut self) {
+        if self.in_guest {
+            self.in_guest = false;
+            self.attention.leave_guest();
+        }
     }
 
     /// The guest-physical address whose host memory the last exit could not touch, if that is why
@@ -606,13 +642,15 @@ impl Vcpu {
             Class::Supervisor
         };
         let space = self.space();
-        let context = self.tlb.context(space, class);
+        let space = self.tlb.space_bits(&space);
+        let context = space | class as u64;
         let fetch = if self.user {
             Class::User
         } else {
             Class::Supervisor
         };
-        self.fetch_context = self.tlb.context(space, fetch);
+        self.fetch_context = space | fetch as u64;
+        self.contexts_updated = true;
         self.context = if self.must_watch_accesses(ac) {
             context | Class::Slow as u64
         } else {
@@ -639,7 +677,7 @@ impl Vcpu {
     /// Recomputes the key of the jump cache.
     pub(crate) fn update_jump_key(&mut self) {
         let generation = self.tlb.generation() + self.code.generation();
-        self.jump_key = self.fetch_context | (self.code_mode as u64) << 12 | generation << 14;
+        self.jump_key = JumpKey::new(self.fetch_context, self.code_mode, generation);
     }
 
     /// Loads a segment register's hidden part as given.

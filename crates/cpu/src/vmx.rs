@@ -3,7 +3,6 @@
 use crate::controls::Controls;
 use crate::entry_checks;
 use crate::event::Event;
-use crate::machine::request;
 use crate::op::Stop;
 use crate::second_stage::StageAccess;
 use crate::state::CoreState;
@@ -17,7 +16,6 @@ use arch::exit::{ExitReason, VmExit};
 use arch::interruption::InterruptionType;
 use arch::paging::{Access, Privilege, Rights, Translation};
 use std::ptr::NonNull;
-use std::sync::atomic::Ordering;
 
 /// A linear address that [`Vcpu::translate`] translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,30 +35,55 @@ impl Vcpu {
     /// and [`VmExit::entry_failure`].
     pub fn enter(&mut self, controls: &Controls) -> VmExit {
         self.with_controls(controls, |cpu| {
-            if let Err(rule) = entry_checks::check(cpu) {
+            if (!cpu.is_unchanged || cfg!(debug_assertions))
+                && let Err(rule) = entry_checks::check(cpu)
+            {
                 return entry_checks::failure(rule);
             }
             cpu.prepare();
             cpu.statistics.entries += 1;
-            cpu.attention.set_in_guest(true);
+            cpu.begin();
             cpu.start_preemption_timer();
             cpu.settle_statistics();
-            let exit = cpu
-                .inject()
+            cpu.inject()
                 .or_else(|| cpu.begin_virtual_apic())
-                .unwrap_or_else(|| cpu.run());
-            cpu.attention.set_in_guest(false);
-            // What is asked from now on waits for the next entry, which looks before it executes.
-            if cpu.attention.flags.load(Ordering::SeqCst) & request::QUEUE != 0 {
-                cpu.serve_queue();
-            }
-            cpu.state.set_rflags(cpu.state.rflags());
-            exit
+                .unwrap_or_else(|| cpu.run())
         })
     }
 
-    /// Recomputes everything that follows from state and controls.
+    /// Promises that since the last exit or emulation nothing changed in the guest's state but
+    /// general registers, RIP, RF, the status flags, interruptibility and pending debug
+    /// exceptions, nothing in the controls but the event to inject and the windows, and that no
+    /// translations were flushed. The next entry or emulation looks for nothing else.
+    pub fn assume_unchanged(&mut self) {
+        self.is_unchanged = true;
+    }
+
+    /// Gets ready to execute: recomputes everything that follows from state and controls, and
+    /// drops what is left of the last entry.
     fn prepare(&mut self) {
+        if !std::mem::take(&mut self.is_unchanged) {
+            self.look_at_state();
+        } else if cfg!(debug_assertions) {
+            let derived = |cpu: &Vcpu| (cpu.context, cpu.fetch_context, cpu.jump_key);
+            let before = derived(self);
+            self.look_at_state();
+            assert_eq!(derived(self), before, "something changed since the exit");
+        }
+        self.cause = Cause::None;
+        self.vectoring = None;
+        self.unblocking_nmi = false;
+        self.step_alone = false;
+        self.apic_write = None;
+        self.bus_lock = false;
+        self.windowless_since = None;
+        self.host_fault_gpa = None;
+        if self.has_own_business() {
+            self.request_own();
+        }
+    }
+
+    fn look_at_state(&mut self) {
         let controls = self.controls();
         let eptp = controls.ept().then_some(controls.eptp);
         let apic_access = self
@@ -75,18 +98,7 @@ impl Vcpu {
             self.second_stage.flush();
             self.tlb.flush();
         }
-        self.cause = Cause::None;
-        self.vectoring = None;
-        self.unblocking_nmi = false;
-        self.step_alone = false;
-        self.apic_write = None;
-        self.bus_lock = false;
-        self.windowless_since = None;
-        self.host_fault_gpa = None;
         self.update_mode();
-        if self.has_own_business() {
-            self.request_own();
-        }
     }
 
     /// Selects the second stage's tables. Returns whether they changed.
@@ -171,7 +183,6 @@ impl Vcpu {
         observer: Option<&mut dyn Observer>,
     ) -> Emulated {
         self.with_controls(controls, |cpu| {
-            cpu.prepare();
             cpu.mmio_hint = hint;
             // SAFETY: only the lifetime changes; both pointers are cleared before this call
             // returns, so neither outlives its borrow.
@@ -186,9 +197,13 @@ impl Vcpu {
                     )
                 }
             });
-            cpu.update_context();
-            cpu.serve_queue();
-            let saved = cpu.state.core();
+            // An observer watches accesses that go unwatched otherwise.
+            cpu.is_unchanged &= cpu.observer.is_none();
+            cpu.prepare();
+            cpu.begin();
+            cpu.contexts_updated = false;
+            let mut saved = CoreState::new();
+            cpu.state.save_core(&mut saved);
             let result = cpu.emulate_one(&saved);
             cpu.mmio_hint = None;
             cpu.more_hints.clear();
@@ -197,9 +212,7 @@ impl Vcpu {
                 // What was learnt of code on pages that may not be executed must not be found
                 // without an observer.
                 cpu.tlb.flush();
-                cpu.update_jump_key();
             }
-            cpu.state.set_rflags(cpu.state.rflags());
             result
         })
     }
@@ -280,7 +293,9 @@ impl Vcpu {
     fn restore(&mut self, saved: &CoreState) {
         self.cause = Cause::None;
         self.state.restore_core(saved);
-        self.update_mode();
+        if self.contexts_updated {
+            self.update_mode();
+        }
     }
 
     /// Translates a linear address through the guest's own tables, as a supervisor read would,

@@ -10,7 +10,7 @@ use kvm_bindings::{
     kvm_coalesced_mmio, kvm_coalesced_mmio__bindgen_ty_1, kvm_coalesced_mmio_ring,
     kvm_coalesced_mmio_zone,
 };
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
 /// Entries that fit into the ring's page.
@@ -29,6 +29,8 @@ struct Zone {
 pub(crate) struct Coalesced {
     ring: SharedMemory,
     zones: RwLock<Vec<Zone>>,
+    /// Some were registered once: writes in most VMs need no look.
+    has_zones: AtomicBool,
     producer: Mutex<()>,
 }
 
@@ -52,6 +54,7 @@ impl Coalesced {
         Ok(Coalesced {
             ring: SharedMemory::new("kvm-coalesced", PAGE, PAGE)?,
             zones: RwLock::default(),
+            has_zones: AtomicBool::new(false),
             producer: Mutex::default(),
         })
     }
@@ -69,6 +72,7 @@ impl Coalesced {
             return fail(libc::ENOSPC);
         }
         zones.push(zone);
+        self.has_zones.store(true, Ordering::Relaxed);
         Ok(())
     }
 
@@ -88,6 +92,9 @@ impl Coalesced {
 
     /// Puts a write into the ring; false if no zone holds it or the ring is full.
     pub(crate) fn push(&self, space: IoSpace, address: u64, data: &[u8]) -> bool {
+        if !self.has_zones.load(Ordering::Relaxed) {
+            return false;
+        }
         let zones = self.zones.read().unwrap_or_else(PoisonError::into_inner);
         let within = |zone: &Zone| {
             zone.space == space

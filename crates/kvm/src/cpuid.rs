@@ -298,16 +298,42 @@ pub struct Dynamic {
 }
 
 /// The CPUID that user space gave a vCPU.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Table {
     entries: Vec<kvm_cpuid_entry2>,
+    /// Positions of entries, bucket by bucket and in order of position within each.
+    order: Vec<u16>,
+    /// Where each bucket starts in `order`.
+    buckets: [u16; BUCKETS + 1],
+}
+
+/// Buckets of functions: basic, hypervisor and extended ones hardly share any.
+const BUCKETS: usize = 64;
+
+fn bucket(function: u32) -> usize {
+    (function ^ function >> 26) as usize & (BUCKETS - 1)
+}
+
+impl Default for Table {
+    fn default() -> Table {
+        Table::new(&[])
+    }
 }
 
 impl Table {
     /// KVM_SET_CPUID2.
     pub fn new(entries: &[kvm_cpuid_entry2]) -> Table {
+        let bucket_of = |at: &u16| bucket(entries[usize::from(*at)].function);
+        let mut order: Vec<u16> = (0..entries.len() as u16).collect();
+        order.sort_by_key(bucket_of);
+        let mut buckets = [0; BUCKETS + 1];
+        for (bucket, start) in buckets.iter_mut().enumerate() {
+            *start = order.partition_point(|at| bucket_of(at) < bucket) as u16;
+        }
         Table {
             entries: entries.to_vec(),
+            order,
+            buckets,
         }
     }
 
@@ -317,7 +343,12 @@ impl Table {
     }
 
     fn find(&self, function: u32, index: u32) -> Option<&kvm_cpuid_entry2> {
-        self.entries.iter().find(|e| {
+        let bucket = bucket(function);
+        let [start, end] = [bucket, bucket + 1].map(|n| usize::from(self.buckets[n]));
+        let mut entries = self.order[start..end]
+            .iter()
+            .map(|&at| &self.entries[usize::from(at)]);
+        entries.find(|e| {
             e.function == function
                 && (e.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX == 0 || e.index == index)
         })
@@ -360,11 +391,14 @@ impl Table {
         vendor == b"AuthenticAMD" || vendor == b"HygonGenuine"
     }
 
-    /// The answer to the CPUID instruction.
-    pub fn execute(&self, function: u32, index: u32, dynamic: &Dynamic) -> Output {
+    /// The answer to the CPUID instruction. `dynamic` is asked where the answer depends on it.
+    pub fn execute(&self, function: u32, index: u32, dynamic: &dyn Fn() -> Dynamic) -> Output {
         if let Some(found) = self.find(function, index) {
             let output = Output([found.eax, found.ebx, found.ecx, found.edx]);
-            return apply_dynamic(function, index, output, dynamic);
+            return match function {
+                1 | 7 | 0xd | 0x8000_0001 => apply_dynamic(function, index, output, &dynamic()),
+                _ => output,
+            };
         }
         // Topology leaves report the APIC ID in EDX and echo the sub-leaf even past the last
         // level.
@@ -454,13 +488,13 @@ mod tests {
         ]);
         assert_eq!(table.output(4, 0), Output::default());
         assert_eq!(table.output(4, 1).0[0], 9);
-        assert_eq!(table.execute(0x10, 55, &dynamic()).0, [1, 2, 3, 4]);
+        assert_eq!(table.execute(0x10, 55, &dynamic).0, [1, 2, 3, 4]);
         assert_eq!(
-            table.execute(0x30, 0, &dynamic()).0,
+            table.execute(0x30, 0, &dynamic).0,
             [1, 2, 3, 4],
             "Intel: highest basic leaf"
         );
-        assert_eq!(table.execute(0xb, 3, &dynamic()).0, [0, 0, 3, 7]);
+        assert_eq!(table.execute(0xb, 3, &dynamic).0, [0, 0, 3, 7]);
         assert!(!table.is_amd());
     }
 
@@ -470,7 +504,7 @@ mod tests {
             entry(1, None, Output([0, 0, 1 << 26, 1 << 9])),
             entry(0xd, Some(0), Output([7, 832, 832, 0])),
         ]);
-        let off = table.execute(1, 0, &dynamic());
+        let off = table.execute(1, 0, &dynamic);
         assert_eq!((off.0[2] >> 27 & 1, off.0[3] >> 9 & 1), (0, 0));
         let on = Dynamic {
             cr4: Cr4::OSXSAVE,
@@ -478,9 +512,9 @@ mod tests {
             apic_base: apic_base::ENABLE,
             ..dynamic()
         };
-        let output = table.execute(1, 0, &on);
+        let output = table.execute(1, 0, &|| on);
         assert_eq!((output.0[2] >> 27 & 1, output.0[3] >> 9 & 1), (1, 1));
-        assert_eq!(table.execute(0xd, 0, &on).0[1], 832);
-        assert_eq!(table.execute(0xd, 0, &dynamic()).0[1], 576);
+        assert_eq!(table.execute(0xd, 0, &|| on).0[1], 832);
+        assert_eq!(table.execute(0xd, 0, &dynamic).0[1], 576);
     }
 }

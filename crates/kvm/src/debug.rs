@@ -71,6 +71,11 @@ impl GuestDebug {
         Ok(())
     }
 
+    /// Whether user space debugs the guest at all.
+    pub(crate) fn is_active(&self) -> bool {
+        self.control != 0
+    }
+
     /// Whether user space steps instruction by instruction.
     pub(crate) fn single_step(&self) -> bool {
         self.enabled(KVM_GUESTDBG_SINGLESTEP)
@@ -83,7 +88,7 @@ impl GuestDebug {
 
     /// Sets the controls of the next entry.
     pub(crate) fn before_entry(&self, controls: &mut Controls) {
-        if self.control == 0 {
+        if !self.is_active() {
             return;
         }
         let mut exceptions = 0;

@@ -16,6 +16,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, epoll, eventfd, poll};
 use rustix::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::collections::HashMap;
 use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 
@@ -326,6 +327,8 @@ impl IoEventFd {
 #[derive(Debug, Default)]
 pub struct IoEventFds {
     all: ArcSwap<Vec<Arc<IoEventFd>>>,
+    /// Some were registered once: most VMs that have none never look at the list.
+    is_used: AtomicBool,
     update: Mutex<()>,
 }
 
@@ -372,13 +375,22 @@ impl IoEventFds {
             }
             all.push(Arc::new(new));
         }
+        self.is_used.store(true, Ordering::Relaxed);
         self.all.store(Arc::new(all));
         Ok(())
     }
 
+    fn registered(&self) -> Option<arc_swap::Guard<Arc<Vec<Arc<IoEventFd>>>>> {
+        self.is_used
+            .load(Ordering::Relaxed)
+            .then(|| self.all.load())
+    }
+
     /// Signals the ioeventfd that a write matches; false if none does.
     pub fn signal(&self, space: IoSpace, address: u64, data: &[u8]) -> bool {
-        let all = self.all.load();
+        let Some(all) = self.registered() else {
+            return false;
+        };
         match all.iter().find(|event| event.matches(space, address, data)) {
             Some(event) => {
                 event.event.signal();
@@ -391,7 +403,9 @@ impl IoEventFds {
     /// Signals the zero-length ioeventfd at a memory address, whatever is written there; false if
     /// there is none. This is the fast MMIO bus: no instruction is looked at.
     pub fn signal_fast(&self, gpa: u64) -> bool {
-        let all = self.all.load();
+        let Some(all) = self.registered() else {
+            return false;
+        };
         let fast = |event: &&Arc<IoEventFd>| {
             event.length == 0 && event.space == IoSpace::Memory && event.address == gpa
         };

@@ -20,7 +20,10 @@ use arch::page_fault::ErrorCode;
 use cpu::{Bus, BusResponse, Emulated, MmioHint};
 use kvm_bindings::{KVM_EXIT_MMIO, kvm_run__bindgen_ty_1__bindgen_ty_6};
 use mmu::AddressSpace;
+use smallvec::SmallVec;
 use std::collections::VecDeque;
+
+const PAGE_MASK: u64 = !0xfff;
 
 /// The widest access that user space sees at once.
 const FRAGMENT: usize = 8;
@@ -29,14 +32,14 @@ const FRAGMENT: usize = 8;
 #[derive(Clone, Debug)]
 struct Transfer {
     gpa: u64,
-    data: Vec<u8>,
+    data: SmallVec<[u8; 16]>,
 }
 
 impl Transfer {
     fn new(gpa: u64, data: &[u8]) -> Transfer {
         Transfer {
             gpa,
-            data: data.to_vec(),
+            data: SmallVec::from_slice(data),
         }
     }
 }
@@ -44,9 +47,11 @@ impl Transfer {
 /// An instruction that waits for user space.
 #[derive(Debug, Default)]
 pub(crate) struct Emulation {
-    hint: Option<(u64, u64)>,
+    hint: Option<MmioHint>,
     /// Where the instruction is.
     pub(crate) rip: u64,
+    /// A guest-physical page that no memslot holds, as the MMU's entry for it said.
+    device: Option<u64>,
     /// Further pages that go to the bus, found on the way.
     more_hints: Vec<MmioHint>,
     /// Reads answered so far.
@@ -59,8 +64,16 @@ pub(crate) struct Emulation {
 }
 
 impl Emulation {
-    fn hint(&self) -> Option<MmioHint> {
-        self.hint.map(|(gva, gpa)| MmioHint { gva, gpa })
+    /// Forgets the last instruction.
+    fn begin(&mut self, rip: u64, hint: Option<MmioHint>) {
+        self.hint = hint;
+        self.rip = rip;
+        self.device = None;
+        self.more_hints.clear();
+        self.answered.clear();
+        self.asking = None;
+        self.writes.clear();
+        self.written = 0;
     }
 
     /// Sends accesses to one more page to the bus.
@@ -74,6 +87,7 @@ struct MmioBus<'a> {
     vm: &'a Vm,
     apic: Option<&'a LocalApic>,
     space: AddressSpace,
+    device: Option<u64>,
     answered: &'a mut Vec<Transfer>,
     next_answer: usize,
     asking: Option<Transfer>,
@@ -102,10 +116,12 @@ impl MmioBus<'_> {
             read_register(gpa, data, |_| value);
             return true;
         }
-        self.vm
-            .mmu
-            .read_guest(self.space, Gpa::new(gpa), data)
-            .is_ok()
+        self.device != Some(gpa & PAGE_MASK)
+            && self
+                .vm
+                .mmu
+                .read_guest(self.space, Gpa::new(gpa), data)
+                .is_ok()
     }
 }
 
@@ -161,13 +177,17 @@ impl Bus for MmioBus<'_> {
     }
 }
 
+/// Emulates the instruction at RIP, which accesses the page of `hint`, of which the MMU knows that
+/// no memslot holds it.
+pub(crate) fn emulate_device(core: &mut Core, vcpu: &Vcpu, hint: MmioHint) -> Outcome {
+    core.emulation.begin(core.cpu.state.rip, Some(hint));
+    core.emulation.device = Some(hint.gpa & PAGE_MASK);
+    advance(core, vcpu, None)
+}
+
 /// Emulates the instruction at RIP, which accesses MMIO or a write-protected page.
 pub(crate) fn emulate(core: &mut Core, vcpu: &Vcpu, hint: Option<MmioHint>) -> Outcome {
-    core.emulation = Emulation {
-        hint: hint.map(|h| (h.gva, h.gpa)),
-        rip: core.cpu.state.rip,
-        ..Emulation::default()
-    };
+    core.emulation.begin(core.cpu.state.rip, hint);
     advance(core, vcpu, None)
 }
 
@@ -177,10 +197,7 @@ pub(crate) fn step(core: &mut Core, vcpu: &Vcpu, observer: &mut dyn cpu::Observe
     if let Some(completion) = core.completion.take() {
         return exits::complete(core, vcpu, completion);
     }
-    core.emulation = Emulation {
-        rip: core.cpu.state.rip,
-        ..Emulation::default()
-    };
+    core.emulation.begin(core.cpu.state.rip, None);
     advance(core, vcpu, Some(observer))
 }
 
@@ -191,20 +208,20 @@ fn advance(core: &mut Core, vcpu: &Vcpu, observer: Option<&mut dyn cpu::Observer
     const FAULTS: usize = 64;
     let mut observer = observer.map(exits::shadow::OneAttempt::new);
     for _ in 0..FAULTS {
-        match core.load(vcpu) {
-            Ok(eptp) => core.controls.eptp = eptp,
+        match core.enter_guest_mode(vcpu) {
+            Ok(true) => {}
+            Ok(false) => continue,
             Err(outcome) => return outcome,
-        }
-        if !core.pass_gate() {
-            continue;
         }
         core.controls.interruption_info = Default::default();
         let mut answered = std::mem::take(&mut core.emulation.answered);
         let guest = core.put_processor_registers();
+        core.promise();
         let mut bus = MmioBus {
             vm: vcpu.vm(),
             apic: vcpu.apic().map(|apic| &**apic),
             space: core.mmu.address_space(),
+            device: core.emulation.device,
             answered: &mut answered,
             next_answer: 0,
             asking: None,
@@ -221,12 +238,17 @@ fn advance(core: &mut Core, vcpu: &Vcpu, observer: Option<&mut dyn cpu::Observer
             }
             None => core
                 .cpu
-                .emulate(&core.controls, core.emulation.hint(), &mut bus),
+                .emulate(&core.controls, core.emulation.hint, &mut bus),
         };
-        bus.leave();
+        let in_guest_mode = bus.gate.is_some();
         let (asking, writes) = (bus.asking, bus.writes);
+        core.in_guest_mode = in_guest_mode;
         core.take_guest_registers(guest);
+        core.is_unchanged = observer.is_none();
         core.emulation.answered = answered;
+        if result != Emulated::Done || !writes.is_empty() || observer.is_some() {
+            core.leave_guest_mode();
+        }
         match result {
             Emulated::Done => {
                 core.counters.instructions_emulated += 1;
@@ -395,6 +417,9 @@ fn write_here(core: &mut Core, vcpu: &Vcpu, write: &Transfer) -> Result<bool, Ou
     }
     if vm.ioeventfds.signal(IoSpace::Memory, gpa, data) {
         return Ok(true);
+    }
+    if core.emulation.device == Some(gpa & PAGE_MASK) {
+        return Ok(false);
     }
     match vm
         .mmu

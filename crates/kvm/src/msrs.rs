@@ -440,8 +440,8 @@ pub(crate) const MCE_SUPPORTED: u64 = handlers::MCG_CTL_PRESENT | handlers::MCG_
 /// Registers kept here rather than in the processor.
 #[derive(Clone, Debug)]
 pub(crate) struct MsrState {
-    /// Plain registers by number.
-    stored: std::collections::BTreeMap<u32, u64>,
+    /// Plain registers, sorted by number.
+    stored: Vec<(u32, u64)>,
     /// CTL, STATUS, ADDR and MISC of each machine-check bank.
     pub(crate) mce_banks: [[u64; 4]; MCE_BANKS],
     mce_ctl2: [u64; MCE_BANKS],
@@ -452,7 +452,7 @@ impl MsrState {
     pub(crate) fn new(bootstrap: bool) -> MsrState {
         use arch::msr::misc_enable;
         let mut state = MsrState {
-            stored: Default::default(),
+            stored: Vec::new(),
             mce_banks: [[!0, 0, 0, 0]; MCE_BANKS],
             mce_ctl2: [0; MCE_BANKS],
         };
@@ -470,12 +470,21 @@ impl MsrState {
 
     /// A plain register.
     pub(crate) fn get(&self, index: u32) -> u64 {
-        self.stored.get(&index).copied().unwrap_or(0)
+        let found = self
+            .stored
+            .binary_search_by_key(&index, |&(index, _)| index);
+        found.map_or(0, |at| self.stored[at].1)
     }
 
     /// Sets a plain register.
     pub(crate) fn set(&mut self, index: u32, value: u64) {
-        self.stored.insert(index, value);
+        match self
+            .stored
+            .binary_search_by_key(&index, |&(index, _)| index)
+        {
+            Ok(at) => self.stored[at].1 = value,
+            Err(at) => self.stored.insert(at, (index, value)),
+        }
     }
 }
 

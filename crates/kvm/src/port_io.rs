@@ -153,14 +153,14 @@ pub(crate) fn complete(core: &mut Core, vcpu: &Vcpu) -> Outcome {
         return Outcome::Resume;
     }
     let access = pending.access;
-    let bytes = access.size as usize * pending.count;
-    let mut data = [0; BATCH];
-    vcpu.run_area().read_pio(&mut data[..bytes]);
     if access.string {
-        if access.input
-            && let Err(outcome) = store(core, vcpu, &pending.string, &data[..bytes])
-        {
-            return outcome;
+        if access.input {
+            let mut data = [0; BATCH];
+            let data = &mut data[..access.size as usize * pending.count];
+            vcpu.run_area().read_pio(data);
+            if let Err(outcome) = store(core, vcpu, &pending.string, data) {
+                return outcome;
+            }
         }
         finish_string(
             core,
@@ -172,7 +172,10 @@ pub(crate) fn complete(core: &mut Core, vcpu: &Vcpu) -> Outcome {
         return Outcome::Resume;
     }
     if access.input {
-        set_accumulator(core, &data[..bytes]);
+        let mut data = [0; 4];
+        let data = &mut data[..access.size as usize];
+        vcpu.run_area().read_pio(data);
+        set_accumulator(core, data);
     }
     core.skip_bytes(pending.length);
     Outcome::Resume

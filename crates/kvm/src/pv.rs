@@ -206,6 +206,10 @@ impl Core {
 
     /// After an exit: what the guest did.
     pub(crate) fn collect_from_guest(&mut self, vcpu: &Vcpu) {
+        if !self.paravirtual.eoi_offered && self.paravirtual.vapic.is_none() {
+            return;
+        }
+        self.leave_guest_mode();
         if self.paravirtual.eoi_offered {
             self.collect_eoi(vcpu);
         }

@@ -78,7 +78,9 @@ impl Vcpu {
     pub(crate) fn step(&self, observer: &mut dyn cpu::Observer) -> crate::Result<bool> {
         let mut core = self.lock();
         self.vm().check_alive()?;
-        match crate::mmio::step(&mut core, self, observer) {
+        let outcome = crate::mmio::step(&mut core, self, observer);
+        core.leave_guest_mode();
+        match outcome {
             Outcome::Resume => Ok(true),
             Outcome::Exit => Ok(false),
             Outcome::Interrupted => crate::error::fail(libc::EINTR),

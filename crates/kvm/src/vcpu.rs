@@ -10,6 +10,7 @@
 //! ```
 
 mod counters;
+mod guest_mode;
 mod injection;
 mod requests;
 
@@ -31,14 +32,13 @@ use crate::signals;
 use crate::time::GuestTsc;
 use crate::vm::Vm;
 use arch::control_registers::Rflags;
-use arch::controls::{Eptp, Interruptibility, PinControls, PrimaryControls, SecondaryControls};
+use arch::controls::{Interruptibility, PinControls, PrimaryControls, SecondaryControls};
 use arch::cpuid::{Feature, Features};
 use arch::exit::VmExit;
 use arch::msr;
 use arch::segment::SegmentName;
-use cpu::{Controls, CpuState, Flush};
+use cpu::{Controls, CpuState};
 use kvm_bindings::*;
-use mmu::Entry;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -113,6 +113,12 @@ pub(crate) struct Core {
     pub(crate) smm: crate::smm::Smm,
     /// The guest has run: CPUID can no longer change.
     pub(crate) has_run: bool,
+    /// Since the processor last executed nothing was changed that
+    /// [`cpu::Vcpu::assume_unchanged`] does not allow: exits whose handlers keep to that, and
+    /// nobody else had the lock.
+    pub(crate) is_unchanged: bool,
+    /// In guest mode, as the MMU sees it.
+    pub(crate) in_guest_mode: bool,
 }
 
 /// A virtual processor.
@@ -224,6 +230,8 @@ impl Vcpu {
             kicked: false,
             smm: crate::smm::Smm::default(),
             has_run: false,
+            is_unchanged: false,
+            in_guest_mode: false,
         };
         if core.has_shadow_paging {
             exits::shadow::choose_controls(&mut core.controls);
@@ -282,6 +290,13 @@ impl Vcpu {
 
     /// The vCPU's lock, waiting for a KVM_RUN in progress.
     pub(crate) fn lock(&self) -> MutexGuard<'_, Core> {
+        let mut core = self.lock_unchanged();
+        core.is_unchanged = false;
+        core
+    }
+
+    /// The vCPU's lock, to go on running.
+    fn lock_unchanged(&self) -> MutexGuard<'_, Core> {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -369,7 +384,7 @@ impl Vcpu {
     pub(crate) fn run(&self) -> Result<()> {
         // Before the lock, so that it is dropped after it.
         let mut signals = signals::Run::begin(&self.mailbox);
-        let mut core = self.lock();
+        let mut core = guest_mode::Outside(self.lock_unchanged());
         self.vm.check_alive()?;
         signals.set_mask(core.signal_mask);
         let _ring = crate::dirty_ring::enter(self.ring.as_deref());
@@ -377,6 +392,7 @@ impl Vcpu {
         crate::watch::begin(self);
         core.sync_in(self)?;
         let result = core.run(self);
+        core.leave_guest_mode();
         self.running.store(false, Ordering::Relaxed);
         core.leave(self);
         result
@@ -551,6 +567,7 @@ impl Core {
     /// One entry and its exit.
     fn enter(&mut self, vcpu: &Vcpu) -> Outcome {
         if !vcpu.mailbox().is_empty() {
+            self.leave_guest_mode();
             let outcome = self.requests(vcpu);
             if outcome != Outcome::Resume || self.mp_state != MpState::Runnable {
                 return outcome;
@@ -562,63 +579,26 @@ impl Core {
         }
         self.controls.interruption_info = Default::default();
         if self.look_for_events || self.events.any() {
+            self.leave_guest_mode();
             let outcome = self.inject(vcpu);
             if outcome != Outcome::Resume {
                 return outcome;
             }
         }
-        match self.load(vcpu) {
-            Ok(eptp) => self.controls.eptp = eptp,
+        match self.enter_guest_mode(vcpu) {
+            Ok(true) => {}
+            Ok(false) => {
+                self.give_back_injection();
+                return Outcome::Resume;
+            }
             Err(outcome) => return outcome,
         }
-        self.debug.before_entry(&mut self.controls);
-        if !self.pass_gate() {
-            self.give_back_injection();
-            return Outcome::Resume;
-        }
-        let guest = self.put_processor_registers();
-        let exit = self.cpu.enter(&self.controls);
-        self.take_guest_registers(guest);
-        self.mmu.gate().exit();
+        let exit = self.enter_processor();
         self.counters.exits += 1;
         self.counters.by_reason.count(exit.reason);
         self.take_back_event(&exit);
         self.collect_from_guest(vcpu);
         exits::handle(self, vcpu, &exit)
-    }
-
-    /// The EPT pointer. Without EPT that is nothing, and the shadow root is in the controls.
-    pub(crate) fn load(&mut self, vcpu: &Vcpu) -> std::result::Result<Eptp, Outcome> {
-        if self.has_shadow_paging {
-            return self.load_shadow(vcpu).map(|()| Eptp::default());
-        }
-        vcpu.vm()
-            .mmu
-            .load(&mut self.mmu)
-            .map_err(|_| Outcome::Fail(libc::ENOMEM))
-    }
-
-    /// Goes through the MMU's gate into guest mode; false if a flush came first, which has been
-    /// made.
-    pub(crate) fn pass_gate(&mut self) -> bool {
-        match self.mmu.gate().enter() {
-            Entry::Ready => true,
-            Entry::Flush(flush) => {
-                self.counters.tlb_flushes += 1;
-                self.cpu.flush(match flush {
-                    mmu::Flush::All => Flush::All,
-                    mmu::Flush::Range(frames) => {
-                        let start = frames.start.gpa().get();
-                        let pages = frames.end.offset_from(frames.start).unwrap_or(0);
-                        Flush::Gpa {
-                            start,
-                            len: pages.saturating_mul(4096),
-                        }
-                    }
-                });
-                false
-            }
-        }
     }
 
     /// What user space finds in `kvm_run` after any exit.
@@ -661,6 +641,7 @@ impl Core {
             return fail(libc::EINVAL);
         }
         if dirty != 0 {
+            self.is_unchanged = false;
             // SAFETY: `s` holds plain data of which every bit pattern is valid.
             let regs = unsafe { run.s.regs };
             if dirty & KVM_SYNC_X86_REGS as u64 != 0 {

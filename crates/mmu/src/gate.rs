@@ -23,7 +23,7 @@
 use crate::sync::{self, AtomicU64, AtomicUsize, Mutant, Mutex};
 use arch::addr::Gfn;
 use std::ops::Range;
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::Ordering::{Release, SeqCst};
 use std::sync::{Arc, Weak};
 
 /// What a vCPU's host (KVM) does for the flush protocol.
@@ -151,7 +151,9 @@ impl Gate {
     #[inline]
     fn end(&self) {
         let session = self.session.load(SeqCst);
-        self.session.swap((session & !MODE) + NEXT_SESSION, SeqCst);
+        // A plain store on x86: nothing that the vCPU reads afterwards is the protocol's.
+        self.session
+            .store((session & !MODE) + NEXT_SESSION, Release);
     }
 
     fn post(&self, flush: Flush) {

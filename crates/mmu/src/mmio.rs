@@ -77,6 +77,19 @@ impl MmioCache {
 }
 
 impl Mmu {
+    /// The MMIO page that a misconfiguration at `gpa` hit, if it is the vCPU's last one. Unlike
+    /// everything else about faults this may be asked in guest mode.
+    #[inline]
+    pub fn cached_mmio(&self, vcpu: &mut Vcpu, gpa: Gpa) -> Option<MmioAccess> {
+        let generation = self.generation.load(Acquire);
+        if !vcpu.mmio.holds(gpa.gfn(), generation) {
+            return None;
+        }
+        vcpu.counters.faults.bump();
+        vcpu.counters.mmio_cached.bump();
+        Some(MmioAccess::known(gpa.gfn(), gpa))
+    }
+
     #[inline]
     pub(crate) fn misconfiguration(
         &self,

@@ -99,6 +99,12 @@ impl Vcpu {
     #[cold]
     #[inline(never)]
     fn find_block(&mut self, rip: u64, linear: u64) -> Result<*const Block, Stop> {
+        // In 64-bit mode nothing but what the key holds decides whether code can be fetched.
+        if self.long64
+            && let Some(block) = self.code.recheck(linear, self.jump_key)
+        {
+            return Ok(block);
+        }
         self.statistics.block_lookups += 1;
         // The lookup frees dropped blocks, the one that ran last perhaps among them; a store made
         // while delivering a fault of this very lookup must not touch it.

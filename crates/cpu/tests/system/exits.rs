@@ -559,6 +559,7 @@ fn a_kick_ends_a_loop() {
     });
     guest.run_to(ExitReason::ExternalInterrupt);
     kicker.join().unwrap();
+    guest.vcpu.rest();
     assert!(!guest.vcpu.attention().in_guest());
 }
 

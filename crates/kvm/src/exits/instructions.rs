@@ -25,8 +25,9 @@ pub(super) fn nmi_window(core: &mut Core, _vcpu: &Vcpu, _exit: &VmExit) -> Outco
 pub(super) fn cpuid(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
     let state = &core.cpu.state;
     let (function, index) = (state.gpr(Gpr::Rax) as u32, state.gpr(Gpr::Rcx) as u32);
-    let dynamic = core.dynamic_cpuid(vcpu);
-    let Output([eax, ebx, ecx, edx]) = core.cpuid.execute(function, index, &dynamic);
+    let Output([eax, ebx, ecx, edx]) = core
+        .cpuid
+        .execute(function, index, &|| core.dynamic_cpuid(vcpu));
     let state = &mut core.cpu.state;
     state.set_gpr(Gpr::Rax, eax as u64);
     state.set_gpr(Gpr::Rbx, ebx as u64);

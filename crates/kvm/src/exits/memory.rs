@@ -59,6 +59,10 @@ pub(super) fn ept_misconfiguration(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) 
         core.skip(exit);
         return Outcome::Resume;
     }
+    if let Some(access) = vcpu.vm().mmu.cached_mmio(&mut core.mmu, Gpa::new(gpa)) {
+        return fault_outcome(core, vcpu, exit, FaultResult::Mmio(access));
+    }
+    core.leave_guest_mode();
     resolve(core, vcpu, exit, ErrorCode::RSVD)
 }
 
@@ -88,7 +92,10 @@ pub(crate) fn fault_outcome(
             if exit.idt_vectoring_info.is_valid() {
                 return delivery_failed(core, vcpu, exit);
             }
-            mmio::emulate(core, vcpu, hint(exit, access.gpa))
+            match hint(exit, access.gpa) {
+                Some(hint) if access.is_known => mmio::emulate_device(core, vcpu, hint),
+                hint => mmio::emulate(core, vcpu, hint),
+            }
         }
         FaultResult::WriteProtected => mmio::emulate(core, vcpu, hint(exit, gpa)),
         FaultResult::ExecuteTrap => crate::traps::exit(core, vcpu, exit),

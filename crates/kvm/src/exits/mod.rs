@@ -114,10 +114,39 @@ const fn row(reason: ExitReason) -> Row {
 /// Handles one exit.
 #[inline]
 pub(crate) fn handle(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
+    if !stays_in_guest_mode(exit.reason) || core.debug.is_active() {
+        core.leave_guest_mode();
+    }
+    core.is_unchanged &= keeps_state(exit.reason);
     match row(exit.reason) {
         Row::Handle(handler) => handler(core, vcpu, exit),
         Row::Never(why) => unexpected(core, vcpu, exit, why),
     }
+}
+
+/// Whether the handler of an exit leaves guest mode itself where it must.
+fn stays_in_guest_mode(reason: ExitReason) -> bool {
+    use ExitReason as R;
+    matches!(reason, R::Cpuid | R::EptMisconfiguration | R::Rdmsr)
+}
+
+/// Whether the handler of an exit changes no more of the guest's state and controls than
+/// [`cpu::Vcpu::assume_unchanged`] allows.
+fn keeps_state(reason: ExitReason) -> bool {
+    use ExitReason as R;
+    matches!(
+        reason,
+        R::Cpuid
+            | R::EptMisconfiguration
+            | R::EptViolation
+            | R::ExternalInterrupt
+            | R::Hlt
+            | R::InterruptWindow
+            | R::IoInstruction
+            | R::NmiWindow
+            | R::Pause
+            | R::Rdmsr
+    )
 }
 
 /// Finishes what user space was asked to do.

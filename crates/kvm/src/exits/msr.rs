@@ -8,25 +8,31 @@ use cpu::Gpr;
 use kvm_bindings::*;
 
 pub(super) fn rdmsr(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
+    match try_read(core, vcpu, exit) {
+        Ok(()) => Outcome::Resume,
+        Err(reason) => {
+            let index = core.cpu.state.gpr(Gpr::Rcx) as u32;
+            refuse(core, vcpu, index, None, reason)
+        }
+    }
+}
+
+/// Reads the register that the guest names; else the reason (KVM_MSR_EXIT_REASON_*) why not.
+fn try_read(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Result<(), u32> {
     core.exit_length = exit.instruction_length as u64;
     let index = core.cpu.state.gpr(Gpr::Rcx) as u32;
     if !allowed(core, index, false) {
-        return refuse(core, vcpu, index, None, KVM_MSR_EXIT_REASON_FILTER);
+        return Err(KVM_MSR_EXIT_REASON_FILTER);
     }
-    match (Access {
+    let mut access = Access {
         core,
         vcpu,
         index,
         trusted: false,
-    })
-    .read()
-    {
-        Ok(value) => {
-            finish_read(core, value);
-            Outcome::Resume
-        }
-        Err(error) => refuse(core, vcpu, index, None, reason(error)),
-    }
+    };
+    let value = access.read().map_err(reason)?;
+    finish_read(core, value);
+    Ok(())
 }
 
 pub(super) fn wrmsr(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {

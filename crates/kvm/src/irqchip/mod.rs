@@ -434,6 +434,8 @@ pub struct PitDevice {
     pit: Mutex<Pit>,
     timer: Timer,
     chip: Weak<IrqChip>,
+    /// Held while the line is high.
+    pulse: Mutex<()>,
 }
 
 impl PitDevice {
@@ -444,6 +446,7 @@ impl PitDevice {
                 pit: Mutex::new(Pit::new(speaker_port)),
                 timer: timers.register(target),
                 chip: Arc::downgrade(chip),
+                pulse: Mutex::default(),
             }
         })
     }
@@ -482,8 +485,12 @@ impl PitDevice {
         let Some(chip) = self.chip.upgrade() else {
             return;
         };
+        // A vCPU may acknowledge this tick, and deliver the next one, before the line is low
+        // again: without an edge that one would be lost, and with it all that come after.
+        let pulse = self.pulse.lock().unwrap_or_else(PoisonError::into_inner);
         let delivery = chip.set_line(0, LineSource::Pit, true);
         chip.set_line(0, LineSource::Pit, false);
+        drop(pulse);
         // An 8259 input that is not acknowledged stays requested; only a tick that nobody
         // will acknowledge lets the next one go at once.
         if delivery == Delivery::Ignored {

@@ -97,6 +97,7 @@ impl Core {
             injected = Some(again);
         }
         if self.smi_waits() {
+            self.is_unchanged = false;
             if injected.is_none() {
                 self.enter_smm(vcpu);
                 if self.events.triple_fault {

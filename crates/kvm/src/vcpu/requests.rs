@@ -15,6 +15,7 @@ use kvm_bindings::{KVM_EXIT_HLT, KVM_EXIT_TPR_ACCESS, kvm_run__bindgen_ty_1__bin
 impl Core {
     /// Does what the mailbox asks for.
     pub(super) fn requests(&mut self, vcpu: &Vcpu) -> Outcome {
+        self.is_unchanged = false;
         let mailbox = vcpu.mailbox();
         if mailbox.take(Request::VM_DEAD) {
             return Outcome::Fail(libc::EIO);
@@ -178,6 +179,8 @@ impl Core {
             } else {
                 LONG
             };
+            self.leave_guest_mode();
+            self.cpu.rest();
             self.mark_not_running(vcpu);
             let woken = mailbox.sleep(
                 || !mailbox.is_empty() || vcpu.run_area().immediate_exit(),
