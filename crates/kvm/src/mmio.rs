@@ -290,7 +290,7 @@ fn nested_exit(core: &mut Core, vcpu: &Vcpu, exit: &VmExit, observed: bool) -> O
     let code = match exit.reason {
         ExitReason::EptViolation => match exits::violation_code(exit) {
             code if observed && code.contains(ErrorCode::FETCH) => {
-                code - ErrorCode::FETCH | ErrorCode::USER
+                (code - ErrorCode::FETCH) | ErrorCode::USER
             }
             code => code,
         },
