@@ -45,6 +45,10 @@
 //! mmu.sync_shadow()                                   // CR3 load, INVPCID, CR0/CR4 change: before the guest runs on
 //! mmu.invalidate_linear(&mut vcpu, gva) -> bool       // INVLPG; true: drop the whole TLB
 //! mmu.unprotect_shadow(space, gfn)                    // for a write to a table that cannot be emulated
+//! mmu.set_max_table_pages(pages)
+//! // the guest of a guest, beside EPT
+//! mmu.load_nested(&mut vcpu, &NestedEpt { paging, root }) -> Result<ShadowPointer, OutOfTables>
+//! mmu.handle_nested_fault(&mut vcpu, gpa, Option<EptAccess>) -> NestedResult::{Guest(EptFault), Verdict(FaultResult, Gpa)}
 //!
 //! // memslots (flags and slot numbers as in kvm_userspace_memory_region)
 //! mmu.set_memory_region(&MemoryRegion { space, number, flags, base, size, hva }) -> Result<(), SlotError>
@@ -104,7 +108,9 @@ pub use invalidate::Invalidation;
 pub use memslot::{AddressSpace, MemoryRegion, Memslot, Memslots, SlotError, SlotFlags, SlotId};
 pub use mmio::MmioAccess;
 pub use mmu::{Mmu, OutOfTables, SlotsGuard};
-pub use shadow::{GuestMode, ShadowPointer, ShadowResult};
+pub use shadow::{
+    GuestMode, NestedEpt, NestedResult, ShadowPointer, ShadowResult, nested_qualification,
+};
 pub use stats::Stats;
 #[cfg(feature = "model")]
 pub use sync::{Mutant, set_mutant};

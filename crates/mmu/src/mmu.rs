@@ -53,6 +53,8 @@ pub struct Mmu {
     pub(crate) shadow: Shadow,
     /// Some shadow page may be unsync.
     pub(crate) has_unsync: AtomicUsize,
+    /// A nested EPT has been shadowed.
+    pub(crate) has_nested: AtomicUsize,
 
     gates: Gates,
     pub(crate) dirty_options: DirtyOptions,
@@ -211,6 +213,7 @@ impl Mmu {
             nx_splits: NxSplits::default(),
             shadow: Shadow::default(),
             has_unsync: AtomicUsize::new(0),
+            has_nested: AtomicUsize::new(0),
             gates: Gates::new(processors),
             dirty_options: DirtyOptions::default(),
             dirty_sink: OnceLock::new(),

@@ -158,7 +158,7 @@ impl Mmu {
             }
             is_written
         };
-        let is_written = if self.config.shadow && slot.is_tracked(gfn) {
+        let is_written = if self.has_shadow_pages() && slot.is_tracked(gfn) {
             // What was derived from a table goes before the new entry is there: who sees that, and
             // invalidates the address, must not find the old translation.
             let exclusive = self.exclusive();
@@ -169,7 +169,7 @@ impl Mmu {
             let shared = slot.logs_dirty().then(|| self.shared());
             let is_written = marked();
             drop(shared);
-            if self.config.shadow {
+            if self.has_shadow_pages() {
                 // Whoever shadows a table tracks it and then reads it: with the write before the
                 // second look at the tracker, one of the two sees the other.
                 std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);

@@ -5,22 +5,26 @@
 //! again after the table it points to is write-protected: whatever was written before that moment
 //! is seen here, whatever is written after it faults.
 
-use super::entry::{Entry, LeafParts};
-use super::guest::{Found, GuestMemory, last_level, translate};
+use super::entry::{Entry, LeafParts, Walker};
+use super::guest::{Found, GuestMemory, last_level, translate, translate_nested};
 use super::page::{PageId, Place, State};
-use super::role::{Kind, Role};
+use super::role::{Kind, Role, Tables};
 use super::root::{Current, GuestMode};
 use crate::fault::{Fault, FaultError, FaultResult};
 use crate::memslot::{Memslot, Memslots, Probed, UPDATE_IN_PROGRESS};
 use crate::mmio::MmioAccess;
-use crate::mmu::{Mmu, SlotsGuard};
+use crate::mmu::{Exclusive, Mmu, SlotsGuard};
 use crate::spte::{GENERATION_MASK, LeafAccess};
 use crate::sync::{Mutant, is_mutant, point};
 use crate::tdp::TablePage;
 use crate::vcpu::Vcpu;
 use arch::addr::{Gfn, Gpa, Gva};
+use arch::exit::EptViolation as ViolationBits;
 use arch::page_fault::ErrorCode;
-use arch::paging::{Access, GuestTables, Level, Protection, Rights};
+use arch::paging::{
+    Access, EptAccess, EptFault, EptFeatures, EptViolation, GuestTables, Level, Protection, Rights,
+    entry as x86,
+};
 use std::sync::atomic::Ordering::Acquire;
 
 /// What is to be done about a #PF in shadow mode.
@@ -31,6 +35,24 @@ pub enum ShadowResult {
     Guest(ErrorCode),
     /// It is the MMU's, with a verdict as on a fault at this guest-physical address.
     Verdict(FaultResult, Gpa),
+}
+
+/// What is to be done about a fault in the guest of a guest.
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NestedResult {
+    /// It is the guest's, as the hypervisor that it is.
+    Guest(EptFault),
+    /// It is the MMU's, with a verdict as on a fault at this address of the guest.
+    Verdict(FaultResult, Gpa),
+}
+
+/// Bits 8:0 of the qualification of an EPT violation that a guest is to see, as a hypervisor: what was
+/// tried and what its tables allow, by the walk; whether there is a linear address and whether the
+/// access is to what it translates to, by the exit that the processor made.
+pub fn nested_qualification(fault: &EptViolation, features: EptFeatures, exit: u64) -> u64 {
+    let of_exit = ViolationBits::LINEAR_VALID | ViolationBits::FINAL;
+    fault.qualification(features) | exit & of_exit.bits()
 }
 
 /// What a fill needs to know.
@@ -98,7 +120,11 @@ impl Mmu {
             slots: &slots,
             space: vcpu.space,
         };
-        let found = match translate(&mut memory, guest, &current.paging, gva.get(), access) {
+        let Tables::Paging(paging) = &current.tables else {
+            vcpu.counters.stale_root.bump();
+            return ShadowResult::Verdict(FaultResult::Retry, Gpa::new(0));
+        };
+        let found = match translate(&mut memory, guest, paging, gva.get(), access) {
             Ok(found) => found,
             Err(code) => {
                 vcpu.counters.guest_faults.bump();
@@ -127,8 +153,69 @@ impl Mmu {
             space: vcpu.space,
         };
         let access = access_of(code) | Access::IMPLICIT;
-        let found = translate(&mut memory, guest, &current.paging, gva.get(), access);
+        let Tables::Paging(paging) = &current.tables else {
+            return None;
+        };
+        let found = translate(&mut memory, guest, paging, gva.get(), access);
         found.err()
+    }
+
+    /// Handles what a processor that runs the guest of a guest meets at `gpa`, an address that the
+    /// guest's EPT is to translate: a violation of that access, or (`None`) a misconfiguration. The
+    /// vCPU is out of guest mode, after [`Mmu::load_nested`].
+    pub fn handle_nested_fault(
+        &self,
+        vcpu: &mut Vcpu,
+        gpa: Gpa,
+        access: Option<EptAccess>,
+    ) -> NestedResult {
+        vcpu.counters.faults.bump();
+        let current = vcpu.shadow.current();
+        let Some((current, Tables::Ept(paging))) = current.map(|c| (c, c.tables)) else {
+            vcpu.counters.stale_root.bump();
+            return NestedResult::Verdict(FaultResult::Retry, gpa);
+        };
+        if access.is_none()
+            && let Some(entry) = self.shadow_entry(vcpu, gpa.get())
+            && self.is_current_mmio(entry)
+        {
+            vcpu.counters.mmio_by_entry.bump();
+            let at = entry.mmio_gfn().gpa().wrapping_add(gpa.page_offset());
+            let access = MmioAccess {
+                gpa: at,
+                is_known: true,
+            };
+            return NestedResult::Verdict(FaultResult::Mmio(access), at);
+        }
+        let slots = self.slots();
+        let mut memory = GuestMemory {
+            mmu: self,
+            slots: &slots,
+            space: vcpu.space,
+        };
+        // A misconfiguration does not say what was tried.
+        let access = access.unwrap_or(EptAccess::READ);
+        let root = current.root.cr3 & x86::ADDRESS;
+        let found = match translate_nested(&mut memory, &paging, root, gpa.get(), access) {
+            Ok(found) => found,
+            Err(fault) => {
+                vcpu.counters.guest_faults.bump();
+                return NestedResult::Guest(fault);
+            }
+        };
+        let mut tried = Access::empty();
+        tried.set(Access::WRITE, access.contains(EptAccess::WRITE));
+        tried.set(Access::FETCH, access.contains(EptAccess::FETCH));
+        let result = self.shadow_fault(vcpu, &slots, current, &found, gpa.get(), tried);
+        NestedResult::Verdict(result, found.gpa)
+    }
+
+    /// Whether an entry is MMIO of the memslots as they are.
+    fn is_current_mmio(&self, entry: Entry) -> bool {
+        let generation = self.generation.load(Acquire);
+        entry.is_mmio()
+            && entry.mmio_generation() == generation & GENERATION_MASK
+            && generation & UPDATE_IN_PROGRESS == 0
     }
 
     fn shadow_fault(
@@ -226,7 +313,7 @@ impl Mmu {
             vcpu.counters.write_tracked.bump();
             return FaultResult::WriteProtected;
         }
-        let place = match self.descend_shadow(state, vcpu, fill, goal) {
+        let place = match self.descend_shadow(&exclusive, state, vcpu, fill, goal) {
             Ok(place) => place,
             Err(Stop::Changed) => {
                 vcpu.counters.map_lost.bump();
@@ -234,8 +321,10 @@ impl Mmu {
             }
             Err(Stop::OutOfTables) => return FaultResult::Error(FaultError::OutOfTables),
         };
-        let level = state.page(place.page).role.level;
+        let role = state.page(place.page).role;
+        let (level, walker) = (role.level, state.modes.get(role.mode).walker());
         let new = shadow_leaf(
+            walker,
             slot,
             fault.gfn,
             level,
@@ -271,6 +360,7 @@ impl Mmu {
     /// its level.
     fn descend_shadow(
         &self,
+        exclusive: &Exclusive<'_>,
         state: &mut State,
         vcpu: &mut Vcpu,
         fill: &Fill<'_>,
@@ -318,7 +408,7 @@ impl Mmu {
                     let child = if role.kind == Kind::Upper {
                         self.make_page(state, vcpu, gfn, role)
                     } else {
-                        self.find_or_make(state, vcpu, fill.slots, gfn, role)
+                        self.find_or_make(exclusive, state, vcpu, fill.slots, gfn, role)
                     };
                     let child = child.ok_or(Stop::OutOfTables)?;
                     // Making it may have dropped nothing on the way here, but the guest may have
@@ -342,6 +432,7 @@ impl Mmu {
     /// The shadow page of that role, found, or made with its guest table protected.
     pub(super) fn find_or_make(
         &self,
+        exclusive: &Exclusive<'_>,
         state: &mut State,
         vcpu: &mut Vcpu,
         slots: &Memslots,
@@ -360,10 +451,10 @@ impl Mmu {
                 .filter(|slot| !slot.is_invalid)?;
             slot.track(gfn)?;
             if role.level > Level::PTE {
-                self.resync_frame(state, slots, role.space, gfn);
+                self.resync_frame(exclusive, state, slots, role.space, gfn);
             }
             if !is_mutant(Mutant::NoTableProtection) {
-                self.protect_frame(state, role.space, gfn);
+                self.protect_table(exclusive, state, role.space, gfn);
             }
         }
         let made = self.make_page(state, vcpu, gfn, role);
@@ -382,7 +473,8 @@ impl Mmu {
         if fill.slots.is_settled() && self.top_up_shadow(vcpu) {
             let exclusive = self.exclusive();
             let state = &mut *self.shadow.state(&exclusive);
-            if let Ok(place) = self.descend_shadow(state, vcpu, fill, Level::PTE) {
+            let place = self.descend_shadow(&exclusive, state, vcpu, fill, Level::PTE);
+            if let Ok(place) = place {
                 let generation = fill.slots.generation();
                 let mut rights = fill.rights;
                 let is_dirty = fill.found.rights.contains(Rights::DIRTY);
@@ -390,7 +482,10 @@ impl Mmu {
                     Rights::WRITABLE,
                     rights.contains(Rights::WRITABLE) && is_dirty,
                 );
-                state.set_leaf(place, fault.gfn, Entry::mmio(fault.gfn, rights, generation));
+                let mode = state.page(place.page).role.mode;
+                let walker = state.modes.get(mode).walker();
+                let entry = Entry::mmio(walker, fault.gfn, rights, generation);
+                state.set_leaf(place, fault.gfn, entry);
                 vcpu.counters.mmio_mapped.bump();
             }
         } else {
@@ -409,15 +504,14 @@ impl Mmu {
         access: Access,
     ) -> Option<Gpa> {
         let entry = self.shadow_entry(vcpu, gva)?;
-        let generation = self.generation.load(Acquire);
-        let is_current = entry.is_mmio()
-            && entry.mmio_generation() == generation & GENERATION_MASK
-            && generation & UPDATE_IN_PROGRESS == 0;
-        if !is_current || access.contains(Access::FETCH) {
+        let Tables::Paging(paging) = &current.tables else {
+            return None;
+        };
+        if !self.is_current_mmio(entry) || access.contains(Access::FETCH) {
             return None;
         }
-        let protection = current.paging.protection();
-        let is_paged = !matches!(current.paging.tables(), GuestTables::Off);
+        let protection = paging.protection();
+        let is_paged = !matches!(paging.tables(), GuestTables::Off);
         let rights = entry.rights();
         let is_allowed = !is_paged
             || !protection.contains(Protection::USER_KEYS)
@@ -493,15 +587,23 @@ impl Mmu {
             slots,
             space: role.space,
         };
-        let paging = &state.modes.get(role.mode).paging;
+        let mode = state.modes.get(role.mode);
+        let walker = mode.walker();
         let index = usize::from(at.index);
-        let leaf = last_level(&memory, paging, page.gfn, role.quadrant, index, role.rights)?;
+        let leaf = last_level(
+            &memory,
+            &mode.tables,
+            page.gfn,
+            role.quadrant,
+            index,
+            role.rights,
+        )?;
         let mut rights = leaf.rights;
         let is_writable = rights.contains(Rights::WRITABLE | Rights::DIRTY);
         rights.set(Rights::WRITABLE, is_writable);
         let Some(slot) = slots.find(role.space, leaf.gfn) else {
             let is_mmio = old.is_mmio() && old.mmio_gfn() == leaf.gfn && slots.is_settled();
-            let entry = Entry::mmio(leaf.gfn, rights, slots.generation());
+            let entry = Entry::mmio(walker, leaf.gfn, rights, slots.generation());
             return is_mmio.then_some((leaf.gfn, entry));
         };
         let probed = slot.probed(leaf.gfn);
@@ -517,6 +619,7 @@ impl Mmu {
             probed
         };
         let entry = shadow_leaf(
+            walker,
             slot,
             leaf.gfn,
             Level::PTE,
@@ -541,8 +644,13 @@ fn effective_rights(current: &Current, found: &Found, access: Access) -> Option<
     let is_write = access.contains(Access::WRITE);
     let is_clean = !rights.contains(Rights::DIRTY) && !is_write;
     rights -= Rights::DIRTY | Rights::GLOBAL;
-    let protection = current.paging.protection();
-    let is_paged = !matches!(current.paging.tables(), GuestTables::Off);
+    let (protection, is_paged) = match &current.tables {
+        Tables::Paging(paging) => {
+            let is_paged = !matches!(paging.tables(), GuestTables::Off);
+            (paging.protection(), is_paged)
+        }
+        Tables::Ept(_) => (Protection::WRITE_PROTECT, false),
+    };
     let goes_through = is_paged
         && is_write
         && !access.contains(Access::USER)
@@ -620,7 +728,9 @@ fn below_of(state: &State, fill: &Fill<'_>, id: PageId, level: Level) -> (Gfn, R
 }
 
 /// The entry for a frame.
+#[expect(clippy::too_many_arguments, reason = "what a leaf depends on")]
 fn shadow_leaf(
+    walker: Walker,
     slot: &Memslot,
     gfn: Gfn,
     level: Level,
@@ -637,12 +747,12 @@ fn shadow_leaf(
     let host_writable = probed == Probed::Writable && !slot.is_read_only();
     let is_held_back =
         slot.is_tracked(gfn) && level == Level::PTE || slot.logs_dirty() && !is_write;
-    Entry::leaf(&LeafParts {
+    let parts = LeafParts {
         hva: slot.hva_of(first),
         level,
         rights,
         key,
-        host_writable,
         writable: host_writable && rights.contains(Rights::WRITABLE) && !is_held_back,
-    })
+    };
+    Entry::leaf(walker, &parts)
 }

@@ -3,6 +3,7 @@
 //!
 //! [`Shadowed`] is what a guest format must have; everything after the walk is the same for all.
 
+use super::role::Tables;
 use super::root::GuestMode;
 use crate::host::HostAccess;
 use crate::memslot::{AddressSpace, Memslots};
@@ -11,21 +12,48 @@ use crate::sync::{Mutant, is_mutant, point};
 use arch::addr::{Gfn, Gpa};
 use arch::page_fault::ErrorCode;
 use arch::paging::{
-    Access, Entry, Exchange, FaultKind, GuestPaging, GuestTables, Level, Marked, Mode,
-    PagingFormat, Privilege, Protection, Rights, TableMemory, WalkError, entry as x86, walk,
+    Access, Entry, EptAccess, EptFault, EptPaging, EptRights, EptViolation, Exchange, FaultKind,
+    GuestPaging, GuestTables, Level, Marked, Mode, PagingFormat, Privilege, Protection, Rights,
+    TableMemory, WalkError, entry as x86, walk,
 };
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
 /// A guest format that can be shadowed.
-pub(super) trait Shadowed: PagingFormat {
-    /// What rights mean to a shadow entry.
-    fn shadow_rights(rights: Self::Rights) -> Rights;
+pub(super) trait Shadowed: PagingFormat<Rights: ShadowRights> {}
+
+impl<F: PagingFormat<Rights: ShadowRights>> Shadowed for F {}
+
+/// What the rights of a guest format mean to a shadow entry.
+pub(super) trait ShadowRights: Copy {
+    /// As rights of paging.
+    fn to_shadow(self) -> Rights;
+    /// The protection key of a leaf.
+    fn key(leaf: u64) -> u8;
 }
 
-impl<F: PagingFormat<Rights = Rights>> Shadowed for F {
-    fn shadow_rights(rights: Rights) -> Rights {
+impl ShadowRights for Rights {
+    fn to_shadow(self) -> Rights {
+        self
+    }
+
+    fn key(leaf: u64) -> u8 {
+        (leaf >> x86::KEY_SHIFT & 0xf) as u8
+    }
+}
+
+/// Reads take the place of user mode's accesses.
+impl ShadowRights for EptRights {
+    fn to_shadow(self) -> Rights {
+        let mut rights = Rights::empty();
+        rights.set(Rights::USER, self.contains(EptRights::READ));
+        rights.set(Rights::WRITABLE, self.contains(EptRights::WRITE));
+        rights.set(Rights::EXECUTABLE, self.contains(EptRights::EXECUTE));
         rights
+    }
+
+    fn key(_: u64) -> u8 {
+        0
     }
 }
 
@@ -218,62 +246,18 @@ impl Request<'_> {
                 Ok(found) => found,
                 Err(error) => return Err(self.walk_error(error)),
             };
-            let key = (found.leaf().to_u64() >> x86::KEY_SHIFT & 0xf) as u8;
-            let rights = F::shadow_rights(found.rights);
+            let key = F::Rights::key(found.leaf().to_u64());
+            let rights = found.rights.to_shadow();
             self.protection
                 .check(rights, key, self.access, self.privilege)?;
             let is_write = self.access.contains(Access::WRITE);
             match found.mark(memory, is_write) {
                 Ok(Marked::Done { is_dirty }) => {
-                    let mut rights = rights;
-                    rights.set(Rights::DIRTY, is_dirty);
-                    return Ok(self.found::<F>(mode, &found, rights, key, root));
+                    return Ok(describe(mode, &found, is_dirty, root));
                 }
                 Ok(Marked::Changed) => {}
                 Err(NoTable) => return Err(self.protection.describe(self.access)),
             }
-        }
-    }
-
-    fn found<F: Shadowed>(
-        &self,
-        mode: &Mode<F>,
-        found: &arch::paging::Walk<F, u64>,
-        rights: Rights,
-        key: u8,
-        root: u64,
-    ) -> Found {
-        let mut links = [None; Level::COUNT];
-        let mut leaf_entry = None;
-        let mut combined = u64::MAX;
-        let mut level = F::TOP;
-        while let Some(step) = found.step(level) {
-            let raw = step.entry.to_u64();
-            combined &= raw ^ F::INVERTED;
-            let link = Link {
-                gpa: step.address,
-                raw,
-                bytes: F::Entry::SIZE,
-                table: Gpa::new(F::table_address(raw)).gfn(),
-                rights: F::shadow_rights(F::rights(mode, combined)),
-            };
-            if level == found.level {
-                leaf_entry = Some(link);
-                break;
-            }
-            links[level.index()] = Some(link);
-            let Some(below) = level.below() else { break };
-            level = below;
-        }
-        Found {
-            gpa: Gpa::new(found.address),
-            leaf: found.level.number(),
-            rights,
-            key,
-            top: Gpa::new(root).gfn(),
-            top_level: F::TOP.number(),
-            links,
-            leaf_entry,
         }
     }
 
@@ -290,6 +274,105 @@ impl Request<'_> {
     }
 }
 
+/// What a completed walk of EPT tables says for an access, or that of paging tables once it is judged.
+fn describe<F: Shadowed>(
+    mode: &Mode<F>,
+    found: &arch::paging::Walk<F, u64>,
+    is_dirty: bool,
+    root: u64,
+) -> Found {
+    let mut links = [None; Level::COUNT];
+    let mut leaf_entry = None;
+    let mut combined = u64::MAX;
+    let mut level = F::TOP;
+    while let Some(step) = found.step(level) {
+        let raw = step.entry.to_u64();
+        combined &= raw ^ F::INVERTED;
+        let link = Link {
+            gpa: step.address,
+            raw,
+            bytes: F::Entry::SIZE,
+            table: Gpa::new(F::table_address(raw)).gfn(),
+            rights: F::rights(mode, combined).to_shadow(),
+        };
+        if level == found.level {
+            leaf_entry = Some(link);
+            break;
+        }
+        links[level.index()] = Some(link);
+        let Some(below) = level.below() else { break };
+        level = below;
+    }
+    let mut rights = found.rights.to_shadow();
+    rights.set(Rights::DIRTY, is_dirty);
+    Found {
+        gpa: Gpa::new(found.address),
+        leaf: found.level.number(),
+        rights,
+        key: F::Rights::key(found.leaf().to_u64()),
+        top: Gpa::new(root).gfn(),
+        top_level: F::TOP.number(),
+        links,
+        leaf_entry,
+    }
+}
+
+/// What a walk of the EPT that a guest made for its own guest says.
+pub(super) fn translate_nested(
+    memory: &mut GuestMemory<'_>,
+    paging: &EptPaging,
+    root: u64,
+    gpa: u64,
+    access: EptAccess,
+) -> Result<Found, EptFault> {
+    match paging {
+        EptPaging::Four(mode) => run_nested(mode, memory, root, gpa, access),
+        EptPaging::Five(mode) => run_nested(mode, memory, root, gpa, access),
+    }
+}
+
+fn run_nested<F: PagingFormat<Rights = EptRights>>(
+    mode: &Mode<F>,
+    memory: &mut GuestMemory<'_>,
+    root: u64,
+    gpa: u64,
+    access: EptAccess,
+) -> Result<Found, EptFault> {
+    let violation = |rights, level| {
+        EptFault::Violation(EptViolation {
+            access,
+            rights,
+            level,
+        })
+    };
+    // A table outside memory is one that is not there.
+    let no_table = |level| violation(EptRights::empty(), level);
+    if !Gpa::new(gpa).fits(F::TOP.shift() + F::INDEX_BITS) {
+        return Err(no_table(F::TOP));
+    }
+    loop {
+        let mut found = match walk(mode, memory, root, gpa) {
+            Ok(found) => found,
+            Err(WalkError::Memory { level, .. }) => return Err(no_table(level)),
+            Err(WalkError::Fault(fault)) => {
+                let (level, entry) = (fault.level, fault.entry);
+                return Err(match fault.kind {
+                    FaultKind::Malformed => EptFault::Misconfiguration { level, entry },
+                    FaultKind::NotPresent => violation(F::rights(mode, fault.combined), level),
+                });
+            }
+        };
+        if !found.rights.contains(access.needs()) {
+            return Err(violation(found.rights, found.level));
+        }
+        match found.mark(memory, access.contains(EptAccess::WRITE)) {
+            Ok(Marked::Done { is_dirty }) => return Ok(describe(mode, &found, is_dirty, root)),
+            Ok(Marked::Changed) => {}
+            Err(NoTable) => return Err(no_table(found.level)),
+        }
+    }
+}
+
 /// A leaf of a last-level guest table, for entries made without a fault.
 pub(super) struct GuestLeaf {
     pub(super) gfn: Gfn,
@@ -301,13 +384,18 @@ pub(super) struct GuestLeaf {
 /// well-formed and accessed.
 pub(super) fn last_level(
     memory: &GuestMemory<'_>,
-    paging: &GuestPaging,
+    tables: &Tables,
     table: Gfn,
     quadrant: u8,
     index: usize,
     above: Rights,
 ) -> Option<GuestLeaf> {
     let at = (memory, table, quadrant, index, above);
+    let paging = match tables {
+        Tables::Paging(paging) => paging,
+        Tables::Ept(EptPaging::Four(mode)) => return leaf_of(mode, at),
+        Tables::Ept(EptPaging::Five(mode)) => return leaf_of(mode, at),
+    };
     match paging.tables() {
         GuestTables::Off => None,
         GuestTables::Legacy(mode) => leaf_of(mode, at),
@@ -329,7 +417,7 @@ fn leaf_of<F: Shadowed>(
     if !is_usable {
         return None;
     }
-    let mut rights = F::shadow_rights(F::rights(mode, raw ^ F::INVERTED)) & above;
+    let mut rights = F::rights(mode, raw ^ F::INVERTED).to_shadow() & above;
     rights.set(
         Rights::DIRTY,
         raw & F::DIRTY != 0 || !mode.has_accessed_dirty(),
@@ -337,6 +425,6 @@ fn leaf_of<F: Shadowed>(
     Some(GuestLeaf {
         gfn: Gpa::new(F::page_address(raw, Level::PTE)).gfn(),
         rights,
-        key: (raw >> x86::KEY_SHIFT & 0xf) as u8,
+        key: F::Rights::key(raw),
     })
 }

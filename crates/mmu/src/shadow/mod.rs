@@ -10,7 +10,10 @@
 //!   root ──────▶ page ───▶ page ──▶ page ──▶ page ───▶ host page   keyed by (frame, role)
 //! ```
 //!
-//! * `entry`: entries in the processor's format, MMIO entries among them.
+//! The EPT that a guest, as a hypervisor, makes for its own guest is one more guest format: what is
+//! above is a violation or misconfiguration in place of #PF, and the tables are in EPT's format.
+//!
+//! * `entry`: entries in the format of what walks them, MMIO entries among them.
 //! * `role`: what a shadow page's content depends on besides the guest table.
 //! * `page`: shadow pages, their parents, the reverse maps, and how a page dies.
 //! * `guest`: guest tables read through the memslots; the walk, in whatever format.
@@ -38,8 +41,8 @@ mod role;
 mod root;
 mod sync;
 
-pub use fault::ShadowResult;
-pub use root::{GuestMode, ShadowPointer};
+pub use fault::{NestedResult, ShadowResult, nested_qualification};
+pub use root::{GuestMode, NestedEpt, ShadowPointer};
 
 pub(crate) use page::Shadow;
 pub(crate) use range::Lost;

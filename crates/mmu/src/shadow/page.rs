@@ -291,10 +291,10 @@ impl State {
 
     /// Links `child` at a place that is empty.
     pub(super) fn link(&mut self, at: Place, child: PageId) {
-        let address = self.page(child).address();
+        let (address, mode) = (self.page(child).address(), self.page(child).role.mode);
         self.page_mut(child).parents.push(at);
-        self.page(at.page)
-            .swap(at.index.into(), Entry::table(address));
+        let link = Entry::table(self.modes.get(mode).walker(), address);
+        self.page(at.page).swap(at.index.into(), link);
     }
 
     /// The page that the link at a place leads to.

@@ -3,9 +3,11 @@
 use super::page::{Place, State};
 use crate::memslot::{AddressSpace, Memslot};
 use crate::mmu::{Exclusive, Mmu};
+use crate::spte::Spte;
 use arch::addr::Gfn;
 use arch::paging::Level;
 use std::ops::Range;
+use std::sync::atomic::Ordering::SeqCst;
 
 /// A right to be taken from leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +24,7 @@ impl Mmu {
         space: AddressSpace,
         range: &Range<Gfn>,
     ) {
-        if !self.config.shadow {
+        if !self.has_shadow_pages() {
             return;
         }
         let state = &mut *self.shadow.state(exclusive);
@@ -35,7 +37,7 @@ impl Mmu {
 
     /// Takes every shadow page away.
     pub(crate) fn shadow_zap_all(&self, exclusive: &Exclusive<'_>) {
-        if !self.config.shadow {
+        if !self.has_shadow_pages() {
             return;
         }
         let state = &mut *self.shadow.state(exclusive);
@@ -53,7 +55,7 @@ impl Mmu {
         range: &Range<Gfn>,
         lost: Lost,
     ) {
-        if !self.config.shadow {
+        if !self.has_shadow_pages() {
             return;
         }
         let state = &mut *self.shadow.state(exclusive);
@@ -78,7 +80,7 @@ impl Mmu {
 
     /// Write-protects one page for the dirty log.
     pub(crate) fn shadow_protect_page(&self, exclusive: &Exclusive<'_>, slot: &Memslot, gfn: Gfn) {
-        if self.config.shadow {
+        if self.has_shadow_pages() {
             let state = &mut *self.shadow.state(exclusive);
             self.take_writes(state, slot.id().space, gfn);
         }
@@ -86,7 +88,7 @@ impl Mmu {
 
     /// Owed flushes of what was protected.
     pub(crate) fn shadow_flush(&self, exclusive: &Exclusive<'_>) {
-        if self.config.shadow {
+        if self.has_shadow_pages() {
             self.flush_stale(&mut self.shadow.state(exclusive));
         }
     }
@@ -101,10 +103,44 @@ impl Mmu {
         }
     }
 
-    /// Makes sure that no processor can write a frame any more.
-    pub(super) fn protect_frame(&self, state: &mut State, space: AddressSpace, gfn: Gfn) {
-        self.take_writes(state, space, gfn);
+    /// Makes sure that no processor can write a table any more.
+    pub(super) fn protect_table(
+        &self,
+        exclusive: &Exclusive<'_>,
+        state: &mut State,
+        space: AddressSpace,
+        gfn: Gfn,
+    ) {
+        self.take_table_writes(exclusive, state, space, gfn);
         self.flush_stale(state);
+    }
+
+    /// Takes write permission of a table from every leaf, wherever it is; the flush is owed.
+    pub(super) fn take_table_writes(
+        &self,
+        exclusive: &Exclusive<'_>,
+        state: &mut State,
+        space: AddressSpace,
+        gfn: Gfn,
+    ) {
+        self.take_writes(state, space, gfn);
+        if self.config.shadow {
+            return;
+        }
+        // The hypervisor whose nested EPT this is has the table in its own EPT.
+        let range = gfn..gfn.wrapping_add(1);
+        self.for_each_leaf(exclusive, space, &range, |leaf| {
+            let changed = leaf.cell.update(|entry| match leaf.level {
+                Level::PTE => entry.is_leaf(Level::PTE).then(|| entry.write_tracked()),
+                _ => Some(Spte::EMPTY),
+            });
+            state.is_stale |= changed.is_some();
+        });
+    }
+
+    /// Whether there may be shadow pages: without EPT always, else from the first nested EPT on.
+    pub(crate) fn has_shadow_pages(&self) -> bool {
+        self.config.shadow || self.has_nested.load(SeqCst) != 0
     }
 
     /// Forgets that the range was accessed; whether it had been.
@@ -114,7 +150,7 @@ impl Mmu {
         space: AddressSpace,
         range: &Range<Gfn>,
     ) -> bool {
-        if !self.config.shadow {
+        if !self.has_shadow_pages() {
             return false;
         }
         let state = self.shadow.state(exclusive);
@@ -136,7 +172,7 @@ impl Mmu {
         space: AddressSpace,
         range: &Range<Gfn>,
     ) -> bool {
-        if !self.config.shadow {
+        if !self.has_shadow_pages() {
             return false;
         }
         let state = self.shadow.state(exclusive);

@@ -1,8 +1,9 @@
 //! Roles: what the content of a shadow page depends on besides the guest table it shadows.
 
+use super::entry::Walker;
 use crate::memslot::AddressSpace;
 use arch::control_registers::{Cr0, Cr4, Efer};
-use arch::paging::{GuestControls, GuestPaging, GuestTables, Level, Rights};
+use arch::paging::{EptPaging, GuestControls, GuestPaging, GuestTables, Level, Rights};
 
 /// What a shadow page shadows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,11 +32,36 @@ pub(super) struct Role {
     pub(super) space: AddressSpace,
 }
 
+/// What the guest's tables are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Tables {
+    /// Those that its CR3 leads to.
+    Paging(GuestPaging),
+    /// The EPT that it, as a hypervisor, has made for a guest of its own.
+    Ept(EptPaging),
+}
+
+/// What selects a mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Selector {
+    Paging(GuestControls),
+    Ept(EptPaging),
+}
+
+impl Selector {
+    pub(super) fn tables(&self) -> Tables {
+        match self {
+            Self::Paging(controls) => Tables::Paging(GuestPaging::new(controls)),
+            Self::Ept(paging) => Tables::Ept(*paging),
+        }
+    }
+}
+
 /// A paging mode, as far as shadow pages depend on it.
 #[derive(Clone, Debug)]
 pub(super) struct Mode {
-    controls: GuestControls,
-    pub(super) paging: GuestPaging,
+    selector: Selector,
+    pub(super) tables: Tables,
 }
 
 /// The modes seen so far.
@@ -43,14 +69,17 @@ pub(super) struct Mode {
 pub(super) struct Modes(Vec<Mode>);
 
 impl Modes {
-    /// The index of the mode that the controls select.
-    pub(super) fn index(&mut self, controls: &GuestControls) -> u16 {
-        let controls = relevant(controls);
-        let found = self.0.iter().position(|mode| mode.controls == controls);
+    /// The index of the mode that is selected.
+    pub(super) fn index(&mut self, selector: &Selector) -> u16 {
+        let selector = match selector {
+            Selector::Paging(controls) => Selector::Paging(relevant(controls)),
+            Selector::Ept(_) => *selector,
+        };
+        let found = self.0.iter().position(|mode| mode.selector == selector);
         let index = found.unwrap_or_else(|| {
             self.0.push(Mode {
-                controls,
-                paging: GuestPaging::new(&controls),
+                selector,
+                tables: selector.tables(),
             });
             self.0.len() - 1
         });
@@ -83,14 +112,26 @@ fn relevant(controls: &GuestControls) -> GuestControls {
 
 impl Mode {
     pub(super) fn is_legacy(&self) -> bool {
-        matches!(self.paging.tables(), GuestTables::Legacy(_))
+        match &self.tables {
+            Tables::Paging(paging) => matches!(paging.tables(), GuestTables::Legacy(_)),
+            Tables::Ept(_) => false,
+        }
+    }
+
+    /// What walks the shadow tables.
+    pub(super) fn walker(&self) -> Walker {
+        match self.tables {
+            Tables::Paging(_) => Walker::Paging,
+            Tables::Ept(_) => Walker::Ept,
+        }
     }
 
     /// Levels of the shadow tables.
     pub(super) fn root_level(&self) -> Level {
-        match self.paging.tables() {
-            GuestTables::FiveLevel(_) => Level::PML5E,
-            _ => Level::PML4E,
-        }
+        let has_five = match &self.tables {
+            Tables::Paging(paging) => matches!(paging.tables(), GuestTables::FiveLevel(_)),
+            Tables::Ept(paging) => paging.levels() == 5,
+        };
+        if has_five { Level::PML5E } else { Level::PML4E }
     }
 }

@@ -1,14 +1,15 @@
 //! Roots: from control registers to the table that the processor walks.
 
 use super::page::{PageId, Place, State, UpperKey, Validity};
-use super::role::{Kind, Role};
+use super::role::{Kind, Role, Selector, Tables};
 use crate::mmu::{Mmu, OutOfTables, TOP_UPS};
 use crate::vcpu::Vcpu;
 use arch::addr::{Gfn, Gpa, Hva};
 use arch::paging::{
-    GuestControls, GuestPaging, GuestRoot, GuestTables, Level, Privilege, Rights, entry as x86,
+    EptPaging, GuestControls, GuestRoot, GuestTables, Level, Privilege, Rights, entry as x86,
 };
 use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 
 /// The guest's paging mode and where its tables start.
 #[derive(Clone, Copy, Debug)]
@@ -23,6 +24,16 @@ pub struct GuestMode {
     pub is_user: bool,
 }
 
+/// The EPT that a guest, as a hypervisor, has made for a guest of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NestedEpt {
+    /// How it is walked. Whether it has accessed and dirty flags, its EPTP says, and the EPTP made of
+    /// [`ShadowPointer`] has to say the same.
+    pub paging: EptPaging,
+    /// The guest-physical address of its root table.
+    pub root: u64,
+}
+
 /// What to enter guest mode with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShadowPointer {
@@ -35,12 +46,12 @@ pub struct ShadowPointer {
 /// A root that a vCPU knows.
 #[derive(Clone, Debug)]
 struct Known {
-    controls: GuestControls,
+    selector: Selector,
     root: GuestRoot,
     pointer: ShadowPointer,
     id: PageId,
     validity: Arc<Validity>,
-    paging: GuestPaging,
+    tables: Tables,
 }
 
 /// Previous roots that a vCPU keeps besides the current one.
@@ -58,7 +69,9 @@ pub(crate) struct VcpuShadow {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Current {
     pub(super) id: PageId,
-    pub(super) paging: GuestPaging,
+    pub(super) tables: Tables,
+    /// Where the guest's tables start.
+    pub(super) root: GuestRoot,
 }
 
 impl VcpuShadow {
@@ -67,7 +80,8 @@ impl VcpuShadow {
         let known = self.known.first()?;
         known.validity.is_valid().then_some(Current {
             id: known.id,
-            paging: known.paging,
+            tables: known.tables,
+            root: known.root,
         })
     }
 
@@ -98,10 +112,36 @@ impl Mmu {
         vcpu: &mut Vcpu,
         guest: &GuestMode,
     ) -> Result<ShadowPointer, OutOfTables> {
+        let selector = Selector::Paging(guest.controls);
+        self.load_tables(vcpu, &selector, &guest.root)
+    }
+
+    /// The tables to enter guest mode with for the guest of a guest: they shadow that EPT. To be
+    /// called before every such entry. What the guest says by INVEPT, and its loading of another
+    /// EPTP, has to be told by [`Mmu::sync_shadow`].
+    pub fn load_nested(
+        &self,
+        vcpu: &mut Vcpu,
+        nested: &NestedEpt,
+    ) -> Result<ShadowPointer, OutOfTables> {
+        let root = GuestRoot {
+            cr3: nested.root,
+            pdptes: [0; 4],
+        };
+        self.load_tables(vcpu, &Selector::Ept(nested.paging), &root)
+    }
+
+    #[inline]
+    fn load_tables(
+        &self,
+        vcpu: &mut Vcpu,
+        selector: &Selector,
+        root: &GuestRoot,
+    ) -> Result<ShadowPointer, OutOfTables> {
         let known = &mut vcpu.shadow.known;
         let found = known
             .iter()
-            .position(|k| k.root == guest.root && k.controls == guest.controls);
+            .position(|k| k.root == *root && k.selector == *selector);
         if let Some(at) = found {
             if known[at].validity.is_valid() {
                 known[..=at].rotate_right(1);
@@ -109,19 +149,26 @@ impl Mmu {
             }
             known.remove(at);
         }
-        self.make_root(vcpu, guest)
+        self.make_root(vcpu, selector, root)
     }
 
     #[cold]
-    fn make_root(&self, vcpu: &mut Vcpu, guest: &GuestMode) -> Result<ShadowPointer, OutOfTables> {
+    fn make_root(
+        &self,
+        vcpu: &mut Vcpu,
+        selector: &Selector,
+        root: &GuestRoot,
+    ) -> Result<ShadowPointer, OutOfTables> {
+        self.has_nested
+            .fetch_or(matches!(selector, Selector::Ept(_)).into(), SeqCst);
         if !self.top_up_shadow(vcpu) {
             return Err(OutOfTables);
         }
         let slots = self.slots();
         let exclusive = self.exclusive();
         let state = &mut *self.shadow.state(&exclusive);
-        let mode = state.modes.index(&guest.controls);
-        let paging = GuestPaging::new(&guest.controls);
+        let mode = state.modes.index(selector);
+        let tables = selector.tables();
         let level = state.modes.get(mode).root_level();
         let role = Role {
             kind: Kind::Table,
@@ -132,19 +179,23 @@ impl Mmu {
             mode,
             space: vcpu.space,
         };
-        let cr3 = guest.root.cr3 & x86::ADDRESS;
+        let cr3 = root.cr3 & x86::ADDRESS;
         let is_there = |gfn| slots.find(vcpu.space, gfn).is_some_and(|s| !s.is_invalid);
         let upper = |key| {
             let kind = Kind::Upper;
             (Role { kind, ..role }, Some(key))
         };
-        let (role, key) = match paging.tables() {
-            GuestTables::Off => {
+        let format = match &tables {
+            Tables::Paging(paging) => Some(paging.tables()),
+            Tables::Ept(_) => None,
+        };
+        let (role, key) = match format {
+            Some(GuestTables::Off) => {
                 let kind = Kind::Direct;
                 (Role { kind, ..role }, None)
             }
-            GuestTables::Legacy(_) => upper(UpperKey::Directory(cr3 & 0xffff_f000)),
-            GuestTables::Pae(_) => upper(UpperKey::Pdptes(guest.root.pdptes)),
+            Some(GuestTables::Legacy(_)) => upper(UpperKey::Directory(cr3 & 0xffff_f000)),
+            Some(GuestTables::Pae(_)) => upper(UpperKey::Pdptes(root.pdptes)),
             _ if is_there(Gpa::new(cr3).gfn()) => (role, None),
             _ => upper(UpperKey::Nowhere),
         };
@@ -154,7 +205,7 @@ impl Mmu {
             Gfn::new(0)
         };
         let found = match key {
-            None => self.find_or_make(state, vcpu, &slots, gfn, role),
+            None => self.find_or_make(&exclusive, state, vcpu, &slots, gfn, role),
             Some(key) => self.upper_root(state, vcpu, key, role),
         };
         let id = found.ok_or(OutOfTables)?;
@@ -169,12 +220,12 @@ impl Mmu {
         known.insert(
             0,
             Known {
-                controls: guest.controls,
-                root: guest.root,
+                selector: *selector,
+                root: *root,
                 pointer,
                 id,
                 validity,
-                paging,
+                tables,
             },
         );
         Ok(pointer)

@@ -68,12 +68,18 @@ impl Mmu {
         let exclusive = self.exclusive();
         let state = &mut *self.shadow.state(&exclusive);
         let pages = std::mem::take(&mut state.unsync);
-        self.resync(state, &slots, pages);
+        self.resync(&exclusive, state, &slots, pages);
         self.has_unsync.store(0, SeqCst);
     }
 
     /// Protects the tables of unsync pages, and then brings the pages up to date.
-    fn resync(&self, state: &mut State, slots: &Memslots, mut pages: Vec<PageId>) {
+    fn resync(
+        &self,
+        exclusive: &Exclusive<'_>,
+        state: &mut State,
+        slots: &Memslots,
+        mut pages: Vec<PageId>,
+    ) {
         pages.retain(|&id| state.try_page(id).is_some_and(|page| page.is_unsync));
         for &id in &pages {
             // Named twice, or gone.
@@ -89,7 +95,7 @@ impl Mmu {
                 self.zap_page(state, id);
                 continue;
             }
-            self.take_writes(state, space, gfn);
+            self.take_table_writes(exclusive, state, space, gfn);
         }
         self.flush_stale(state);
         for id in pages {
@@ -103,13 +109,14 @@ impl Mmu {
     /// Brings unsync pages of one table up to date and protects it.
     pub(super) fn resync_frame(
         &self,
+        exclusive: &Exclusive<'_>,
         state: &mut State,
         slots: &Memslots,
         space: AddressSpace,
         gfn: Gfn,
     ) {
         let pages = state.tables_of(space, gfn);
-        self.resync(state, slots, pages);
+        self.resync(exclusive, state, slots, pages);
     }
 
     /// Brings a page, or the unsync pages that it leads to, up to date; they stay unsync.
