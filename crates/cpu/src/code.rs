@@ -51,6 +51,8 @@ pub(crate) struct Block {
     pub first: crate::op::Handler,
     /// Guest instructions among them.
     pub instructions: u32,
+    /// Their accesses to memory.
+    pub accesses: u32,
     /// Bytes of code.
     pub len: u16,
     pub(crate) hva: u64,
@@ -242,6 +244,7 @@ impl CodeCache {
             ops,
             first,
             instructions,
+            accesses,
             ..
         } = decoded;
         if self.ops > MAX_OPS {
@@ -258,6 +261,7 @@ impl CodeCache {
             ops: ops.into_boxed_slice(),
             first,
             instructions,
+            accesses,
             len: bytes.len() as u16,
             hva,
             bytes: bytes.into(),

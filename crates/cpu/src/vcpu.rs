@@ -107,6 +107,9 @@ pub enum Flush {
 pub struct Statistics {
     /// Instructions executed.
     pub instructions: u64,
+    /// Accesses that asked the TLB: those of whole blocks, as far as decoding tells (an instruction
+    /// with a repeat prefix counts once), and fetches of blocks that were not found by address.
+    pub tlb_lookups: u64,
     /// Accesses that the TLB could not answer.
     pub tlb_misses: u64,
     /// Walks of second-stage tables.
@@ -390,6 +393,7 @@ impl Vcpu {
                 .statistics
                 .instructions
                 .wrapping_add_signed(self.countdown_start - self.countdown),
+            tlb_lookups: self.statistics.tlb_lookups + self.statistics.block_lookups,
             second_stage_walks: self.second_stage.walks,
             ..self.statistics
         }

@@ -95,8 +95,8 @@ pub(crate) struct Statistics {
     pub(crate) ept_misconfigurations: Option<u64>,
     /// Lookups of the MMIO cache.
     pub(crate) mmio_cache: Option<HitRate>,
-    /// Accesses that the TLB could not answer.
-    pub(crate) tlb_misses: Option<u64>,
+    /// Lookups of the TLB.
+    pub(crate) tlb: Option<HitRate>,
 }
 
 /// Hits and misses of a cache.
@@ -115,7 +115,9 @@ impl fmt::Display for HitRate {
             return f.write_str("never used");
         }
         let percent = self.hits as f64 * 100.0 / total as f64;
-        write!(f, "{percent:.2} % of {}", Grouped(total))
+        // Almost all hits must not read as all.
+        let digits = if percent > 99.9 { 4 } else { 2 };
+        write!(f, "{percent:.digits$} % of {}", Grouped(total))
     }
 }
 
@@ -162,11 +164,8 @@ impl fmt::Display for Report {
         if let Some(rate) = statistics.mmio_cache {
             line("MMIO cache hits", &rate)?;
         }
-        if let (Some(misses), Some(instructions)) = (statistics.tlb_misses, statistics.instructions)
-        {
-            let distance = Grouped(instructions / misses.max(1));
-            let text = format!("{}, one in {distance} instructions", Grouped(misses));
-            line("TLB misses", &text)?;
+        if let Some(rate) = statistics.tlb {
+            line("TLB hits", &rate)?;
         }
         let mut exits: Vec<_> = statistics
             .exits
@@ -222,6 +221,11 @@ mod tests {
         assert_eq!(Grouped(1_234_567).to_string(), "1 234 567");
         assert_eq!(Grouped(12).to_string(), "12");
         assert_eq!(HitRate { hits: 3, misses: 1 }.to_string(), "75.00 % of 4");
+        let most = HitRate {
+            hits: 999_999,
+            misses: 1,
+        };
+        assert_eq!(most.to_string(), "99.9999 % of 1 000 000");
         assert_eq!(HitRate::default().to_string(), "never used");
     }
 

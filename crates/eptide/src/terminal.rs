@@ -29,6 +29,23 @@ pub(crate) enum Input {
     Stream,
 }
 
+impl Input {
+    /// What a person should know who gets no terminal.
+    pub(crate) fn remark(self) -> Option<&'static str> {
+        match self {
+            Self::Terminal => None,
+            Self::Background => Some(
+                "the terminal belongs to another job: the guest's console takes no input; \
+                 end it with a signal",
+            ),
+            Self::Stream => Some(
+                "no terminal: the guest's console reads standard input as it is, Ctrl-A X does \
+                 not leave; end it with a signal",
+            ),
+        }
+    }
+}
+
 /// Looks at standard input.
 pub(crate) fn input() -> Input {
     if !io::stdin().is_terminal() {

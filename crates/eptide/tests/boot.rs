@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Ept, Transcript, demo, folder, run};
+use common::{Ept, Transcript, demo, eptide, folder, run};
 
 /// Makes two tests that boot kernels of each `fn(Ept)`: `ept::name` and `shadow::name`.
 macro_rules! with_and_without_ept {
@@ -30,6 +30,7 @@ macro_rules! with_and_without_ept {
 
 with_and_without_ept! {
     one_processor_boots_to_power_off_without_a_complaint,
+    the_kernel_boots_as_an_elf_file_by_both_protocols,
     two_processors_write_an_ext4_disk_that_the_host_finds_clean,
     four_processors_under_load_corrupt_nothing,
     a_crashed_kernel_reboots,
@@ -58,23 +59,120 @@ fn one_processor_boots_to_power_off_without_a_complaint(ept: Ept) {
     transcript
         .expect("kvm-clock: Using msrs")
         .expect("x2apic enabled");
+    expect_the_host_s_processor(&transcript);
+    for line in ["time to init", "time in all"] {
+        assert!(transcript.messages.contains(line), "{}", transcript.text());
+    }
+}
+
+/// `/proc/cpuinfo` shows the host's processor with the features that are offered, and what the
+/// kernel measured itself.
+fn expect_the_host_s_processor(transcript: &Transcript) {
+    let host = fs::read_to_string("/proc/cpuinfo").unwrap();
+    let host = |field: &str| {
+        let line = host.lines().find_map(|line| line.strip_prefix(field));
+        line.unwrap_or_default().trim().to_owned()
+    };
+    for field in [
+        "vendor_id\t: ",
+        "cpu family\t: ",
+        "model\t\t: ",
+        "stepping\t: ",
+        "clflush size\t: ",
+    ] {
+        assert_eq!(transcript.after(field), host(field), "{field}");
+    }
+    for (field, value) in [
+        ("cpu cores\t: ", "1"),
+        ("siblings\t: ", "1"),
+        ("fpu_exception\t: ", "yes"),
+        ("wp\t\t: ", "yes"),
+    ] {
+        assert_eq!(transcript.after(field), value, "{field}");
+    }
     let flags: Vec<&str> = transcript.after("flags\t\t: ").split(' ').collect();
     for flag in [
         "fpu",
+        "de",
+        "pse",
         "tsc",
+        "msr",
+        "pae",
+        "mce",
+        "cx8",
         "apic",
+        "sep",
+        "mtrr",
+        "pge",
+        "cmov",
+        "pat",
+        "mmx",
+        "fxsr",
         "sse2",
         "syscall",
         "nx",
+        "rdtscp",
         "lm",
+        "constant_tsc",
+        "nonstop_tsc",
+        "cpuid",
+        "tsc_known_freq",
+        "cx16",
         "x2apic",
+        "tsc_deadline_timer",
         "hypervisor",
+        "lahf_lm",
+        "tsc_adjust",
+        "arat",
     ] {
         assert!(flags.contains(&flag), "no {flag} in {flags:?}");
     }
-    assert_eq!(transcript.after("cpu cores\t: "), "1");
-    for line in ["time to init", "time in all"] {
-        assert!(transcript.messages.contains(line), "{}", transcript.text());
+    // What the processor does not implement is not offered, whatever the host has.
+    for flag in [
+        "vmx", "svm", "monitor", "pku", "avx512f", "amx_tile", "la57", "mpx", "rtm",
+    ] {
+        assert!(!flags.contains(&flag), "{flag} in {flags:?}");
+    }
+    let megahertz = |text: &str| -> f64 { text.split(' ').next().unwrap().parse().unwrap() };
+    let measured = megahertz(transcript.after("tsc: Detected "));
+    assert!((megahertz(transcript.after("cpu MHz\t\t: ")) - measured).abs() < 1.0);
+    assert!((megahertz(transcript.after("bogomips\t: ")) / 2.0 - measured).abs() < 1.0);
+    // The guest has the host's bugs; one more follows from a feature that is not offered.
+    let known: Vec<String> = host("bugs\t\t: ").split(' ').map(str::to_owned).collect();
+    for bug in transcript.after("bugs\t\t: ").split(' ') {
+        let explained = known.iter().any(|known| known == bug) || bug == "fxsave_leak";
+        assert!(explained, "{bug}, which the host does not have: {known:?}");
+    }
+}
+
+/// The same kernel without its own unpacking code, by the Linux and the PVH protocol.
+fn the_kernel_boots_as_an_elf_file_by_both_protocols(ept: Ept) {
+    let prepared = run(demo(ept, "elf", "echo \"arrived: $(uname -m)\"").arg("--prepare"));
+    prepared.expect_status(0);
+    let mut paths = prepared.console.lines();
+    let (kernel, initramfs) = (paths.next().unwrap(), paths.next().unwrap());
+    let vmlinux = common::vmlinux_of(Path::new(kernel), &ept.name("vmlinux"));
+    for protocol in ["linux", "pvh"] {
+        let mut command = eptide();
+        command.args(["run", "--memory", "512M", "--protocol", protocol]);
+        command.args([
+            "--append",
+            "console=ttyS0",
+            "--initrd",
+            initramfs,
+            "--kernel",
+        ]);
+        let transcript = run(command.arg(&vmlinux).arg(match ept {
+            Ept::On => "--ept=on",
+            Ept::Off => "--ept=off",
+        }));
+        transcript
+            .expect_status(0)
+            .expect_health()
+            .expect("Run /init as init process")
+            .expect("kvm-clock: Using msrs")
+            .expect("arrived: x86_64")
+            .expect("reboot: Power down");
     }
 }
 

@@ -19,7 +19,7 @@ use crate::execute::control;
 use crate::op::{Handler, Op, flag};
 use crate::state::slot;
 use arch::cpuid::Features;
-use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, OpKind, Register};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use std::cell::Cell;
 
 /// Instructions in a block at the most.
@@ -33,6 +33,19 @@ pub(crate) struct Decoded {
     /// Bytes decoded; 0 if the first instruction does not end within what was given.
     pub len: usize,
     pub instructions: u32,
+    /// Their accesses to memory, an instruction with a repeat prefix making one.
+    pub accesses: u32,
+}
+
+/// How many times an instruction asks for the translation of a linear address.
+fn accesses(instruction: &Instruction) -> u32 {
+    let strings = OpKind::MemorySegSI..=OpKind::MemoryESRDI;
+    let in_memory = |n: &u32| match instruction.op_kind(*n) {
+        OpKind::Memory => instruction.mnemonic() != Mnemonic::Lea,
+        kind => strings.contains(&kind),
+    };
+    let operands = (0..instruction.op_count()).filter(in_memory).count() as u32;
+    operands + u32::from(instruction.stack_pointer_increment() != 0)
 }
 
 /// What a handler choice says about the block.
@@ -85,6 +98,7 @@ pub(crate) fn block(bytes: &[u8], offset: u64, mode: CodeMode, features: &Featur
     let mut previous = Instruction::default();
     let mut len = 0;
     let mut instructions = 0;
+    let mut accessed = 0;
     while len < bytes.len() && instructions < MAX_INSTRUCTIONS {
         decoder.decode_out(&mut instruction);
         if decoder.last_error() == DecoderError::NoMoreBytes && bytes.len() - len < 15 {
@@ -107,6 +121,7 @@ pub(crate) fn block(bytes: &[u8], offset: u64, mode: CodeMode, features: &Featur
         }
         previous = instruction;
         ops.push(op);
+        accessed += accesses(&instruction);
         instructions += 1;
         len += size;
         if ends == Ends::Yes {
@@ -123,6 +138,7 @@ pub(crate) fn block(bytes: &[u8], offset: u64, mode: CodeMode, features: &Featur
         first,
         len,
         instructions,
+        accesses: accessed,
     }
 }
 
@@ -138,6 +154,7 @@ pub(crate) fn one(bytes: &[u8], offset: u64, mode: CodeMode, features: &Features
         ops: vec![op, rest],
         len,
         instructions: 1,
+        accesses: accesses(&instruction),
     }
 }
 
@@ -325,6 +342,21 @@ mod tests {
             (4, 2, 3)
         );
         assert_eq!(decoded.ops[1].imm, 0x12);
+    }
+
+    #[test]
+    fn accesses_are_counted_without_being_made() {
+        for (bytes, expected) in [
+            (&[0x48, 0x8b, 0x03][..], 1), // mov rax, [rbx]
+            (&[0x48, 0x8d, 0x03], 0),     // lea rax, [rbx]
+            (&[0x50], 1),                 // push rax
+            (&[0xff, 0x33], 2),           // push qword [rbx]
+            (&[0xf3, 0xa4], 2),           // rep movsb
+            (&[0xc3], 1),                 // ret
+            (&[0x48, 0x01, 0xd8], 0),     // add rax, rbx
+        ] {
+            assert_eq!(decode(bytes, 0).accesses, expected, "{bytes:x?}");
+        }
     }
 
     #[test]

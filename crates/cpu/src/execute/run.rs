@@ -49,6 +49,7 @@ impl Vcpu {
         // SAFETY: `block` was just found; blocks are freed only by a later lookup.
         let block = unsafe { &*block };
         self.countdown -= i64::from(block.instructions);
+        self.statistics.tlb_lookups += u64::from(block.accesses);
         if self.countdown < 0
             && let Some(exit) = self.look_at_clock()
         {

@@ -24,7 +24,9 @@ pub(crate) fn open(ept: Option<bool>) -> Result<Kvm, Unsupported> {
 pub(crate) fn add_processor(statistics: &mut Statistics, vcpu: &VcpuFd) {
     if let Ok(processor) = vcpu.cpu_statistics() {
         *statistics.instructions.get_or_insert(0) += processor.instructions;
-        *statistics.tlb_misses.get_or_insert(0) += processor.tlb_misses;
+        let tlb = statistics.tlb.get_or_insert_default();
+        tlb.hits += processor.tlb_lookups.saturating_sub(processor.tlb_misses);
+        tlb.misses += processor.tlb_misses;
     }
     for (reason, count) in vcpu.exits_by_reason().unwrap_or_default() {
         *statistics.exits.entry(reason).or_default() += count;

@@ -356,6 +356,9 @@ impl Machine {
         let mut main_loop = EventLoop::new(self.stop.clone())?;
         self.signals.serve(&mut main_loop, self.stop.clone())?;
         let terminal = RawTerminal::enter()?;
+        if let Some(remark) = terminal::input().remark() {
+            eprintln!("eptide: {remark}");
+        }
         if let Some(receive) = self.input.take() {
             let stop = self.stop.clone();
             terminal::spawn_input(receive, move || stop.request(Outcome::Quit))?;

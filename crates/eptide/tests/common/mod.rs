@@ -188,3 +188,34 @@ pub(crate) fn demo(ept: Ept, test: &str, script: &str) -> Command {
     });
     command
 }
+
+/// The ELF file inside a bzImage whose payload is compressed with LZ4, written beside `test`'s
+/// other files.
+pub(crate) fn vmlinux_of(bz_image: &Path, test: &str) -> PathBuf {
+    /// Magic number of LZ4's legacy frame, and the most that one of its blocks holds.
+    const LEGACY: u32 = 0x184c_2102;
+    const BLOCK: usize = 8 << 20;
+    let image = fs::read(bz_image).unwrap();
+    let word = |bytes: &[u8], at: usize| {
+        let word: [u8; 4] = bytes[at..at + 4].try_into().unwrap();
+        u32::from_le_bytes(word)
+    };
+    // The boot protocol's header: sectors of setup code, payload's offset behind them and length.
+    let kernel = (image[0x1f1] as usize + 1) * 512;
+    let payload = kernel + word(&image, 0x248) as usize;
+    let payload = &image[payload..payload + word(&image, 0x24c) as usize];
+    assert_eq!(word(payload, 0), LEGACY, "the payload is not LZ4's");
+    // Behind the blocks stands the size of what they hold.
+    let (blocks, size) = payload[4..].split_at(payload.len() - 8);
+    let mut file = Vec::new();
+    let mut rest = blocks;
+    while let Some((length, tail)) = rest.split_at_checked(4) {
+        let (block, tail) = tail.split_at(word(length, 0) as usize);
+        file.extend(lz4_flex::block::decompress(block, BLOCK).unwrap());
+        rest = tail;
+    }
+    assert_eq!(file.len(), word(size, 0) as usize);
+    let path = folder(test).join("vmlinux");
+    fs::write(&path, file).unwrap();
+    path
+}
