@@ -1,6 +1,9 @@
 //! The host processor is the oracle: random user-level instructions run natively and on the
 //! software processor from the same state, and everything defined must agree.
 //!
+//! Three tests: single instructions in 64-bit code, in 32-bit code, and short sequences that load
+//! segments, transfer control far, and save and restore extended state.
+//!
 //! `EPTIDE_ORACLE_CASES` sets the number of cases (100,000 by default), `EPTIDE_ORACLE_SEED` the
 //! first seed. A failure prints the seed that repeats it alone.
 #![allow(unreachable_pub, reason = "modules of a test binary")]
@@ -10,12 +13,17 @@ mod generate;
 mod guest;
 #[path = "oracle/native.rs"]
 mod native;
+#[path = "oracle/segments.rs"]
+mod segments;
+#[path = "oracle/sequences.rs"]
+mod sequences;
 
 use arch::exit::ExitReason;
 use eptide_cpu::{ExtendedState, Vcpu};
 use guest::{Guest, Memory};
 use iced_x86::Instruction;
 use native::Trap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Linear address of the code page, on both sides.
 pub const CODE: u64 = 0x3000_0000;
@@ -30,6 +38,8 @@ pub(crate) struct State {
     pub(crate) gpr: [u64; 16],
     pub(crate) rip: u64,
     pub(crate) rflags: u64,
+    pub(crate) cs: u16,
+    pub(crate) ss: u16,
     pub(crate) fpu: [u8; 832],
 }
 
@@ -41,6 +51,8 @@ impl Default for State {
             gpr: [0; 16],
             rip: 0,
             rflags: 2,
+            cs: segments::CODE_64,
+            ss: segments::FLAT_DATA,
             fpu,
         }
     }
@@ -84,6 +96,11 @@ impl Bench {
                 .write_u64(table + 8 * (address >> 12 & 511), address | 1 << 63 | 7);
         }
         assert_eq!(CODE >> 21, DATA >> 21);
+        // The tables of segments, where the host has nothing.
+        guest
+            .memory
+            .write_u64(table + 8 * (segments::TABLES >> 12 & 511), 0x6000 | 3);
+        segments::install(&mut guest, 0x6000);
         guest.controls.exception_bitmap = u32::MAX;
         native::install();
         Bench {
@@ -102,6 +119,7 @@ impl Bench {
         vcpu.state.rip = state.rip;
         vcpu.state.set_rflags(state.rflags | 0x202);
         vcpu.state.extended.0[..832].copy_from_slice(&state.fpu);
+        segments::load(&mut vcpu.state, state.cs, state.ss);
         let mut exit = self.guest.vcpu.enter(&self.guest.controls);
         let mut guard = 0;
         while exit.reason == ExitReason::ExternalInterrupt && guard < 3 {
@@ -112,6 +130,8 @@ impl Bench {
         let mut out = State {
             rip: vcpu.state.rip,
             rflags: vcpu.state.rflags(),
+            cs: vcpu.state.segments[1].selector,
+            ss: vcpu.state.segments[2].selector,
             ..State::default()
         };
         out.gpr.copy_from_slice(&vcpu.state.regs[..16]);
@@ -120,6 +140,7 @@ impl Bench {
             ExitReason::ExceptionOrNmi => Trap {
                 vector: exit.interruption_info.vector(),
                 address: exit.qualification,
+                error: exit.interruption_error_code,
             },
             other => panic!("unexpected exit {other:?}: {exit:?}"),
         };
@@ -215,7 +236,17 @@ fn compare(
     if native.1.vector == 14 && native.1.address != guest.1.address {
         return fail(format!("fault address: {:x?} and {:x?}", native.1, guest.1));
     }
+    if matches!(native.1.vector, 10..=13) && native.1.error != guest.1.error {
+        return fail(format!("error code: {:x?} and {:x?}", native.1, guest.1));
+    }
     let (n, g) = (&native.0, &guest.0);
+    if (n.cs, n.ss) != (g.cs, g.ss) {
+        return fail(format!(
+            "CS and SS: native {:x?}, guest {:x?}",
+            (n.cs, n.ss),
+            (g.cs, g.ss)
+        ));
+    }
     if n.rip != g.rip {
         return fail(format!("rip: native {:#x}, guest {:#x}", n.rip, g.rip));
     }
@@ -258,22 +289,112 @@ fn setting(name: &str, default: u64) -> u64 {
         .unwrap_or(default)
 }
 
-#[test]
-fn instructions_agree_with_the_host() {
-    let cases = setting("EPTIDE_ORACLE_CASES", 100_000);
+/// One of the tests' benches at a time: both sides use fixed addresses.
+fn bench() -> (MutexGuard<'static, ()>, Bench) {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let guard = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    (guard, Bench::new())
+}
+
+impl Bench {
+    /// Runs `code` on both sides from the same registers and random data, which must be the same
+    /// afterwards, too. `i` is the instruction whose undefined flags do not count.
+    fn case(
+        &mut self,
+        i: &Instruction,
+        before: &State,
+        code: &[u8],
+        data: &[u8],
+        difference: impl Fn(&Trap, &[u8], &[u8]) -> Option<usize>,
+    ) -> Result<(), Failure> {
+        let mut page = [0xcc; 4096];
+        page[..code.len()].copy_from_slice(code);
+        self.native_code.write(0, &page);
+        self.guest_code.write(0, &page);
+        self.native_data.write(0, data);
+        self.guest_data.write(0, data);
+        let native = native::run(before);
+        let guest = self.run_guest(before);
+        compare(i, before, &native, &guest)?;
+        let (on_host, in_guest) = (self.native_data.bytes(), self.guest_data.bytes());
+        match difference(&native.1, on_host, in_guest) {
+            Some(at) => {
+                let of = |memory: &Memory| memory.bytes()[at & !7..][..8].to_vec();
+                let (native, guest) = (of(&self.native_data), of(&self.guest_data));
+                Err(Failure(format!(
+                    "memory at {at:#x}: native {native:02x?}, guest {guest:02x?}"
+                )))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// The first byte that differs.
+fn first_difference(_: &Trap, a: &[u8], b: &[u8]) -> Option<usize> {
+    (a != b).then(|| a.iter().zip(b).position(|(a, b)| a != b).unwrap_or(0))
+}
+
+fn random_data(random: &mut generate::Random) -> Vec<u8> {
+    (0..DATA_LEN / 8)
+        .flat_map(|_| random.next().to_le_bytes())
+        .collect()
+}
+
+/// What disagreed, by form: the first of each with its seed.
+#[derive(Default)]
+struct Report {
+    seen: std::collections::HashMap<String, u32>,
+    failures: Vec<String>,
+}
+
+impl Report {
+    fn add(&mut self, seed: u64, name: String, bytes: &[u8], failure: Failure) {
+        let count = self.seen.entry(name.clone()).or_default();
+        *count += 1;
+        if *count == 1 {
+            let Failure(what) = failure;
+            self.failures
+                .push(format!("seed {seed}: {name} {bytes:02x?}: {what}"));
+        }
+    }
+
+    fn finish(mut self) {
+        let most = setting("EPTIDE_ORACLE_FAILURES", 20) as usize;
+        self.failures.truncate(most);
+        assert!(
+            self.failures.is_empty(),
+            "{} forms disagree:\n{}",
+            self.seen.len(),
+            self.failures.join("\n")
+        );
+    }
+}
+
+/// The random source of a case.
+fn source(seed: u64) -> generate::Random {
+    let mut random = generate::Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    random.next();
+    random
+}
+
+/// Single instructions in code of `bits`.
+fn single_instructions(bits: u32, cases: u64) {
     let first = setting("EPTIDE_ORACLE_SEED", 1);
-    let most = setting("EPTIDE_ORACLE_FAILURES", 20) as usize;
     let features = Vcpu::host_features();
-    let mut bench = Bench::new();
-    let mut failures = Vec::new();
-    let mut seen = std::collections::HashMap::<String, u32>::new();
+    let (_alone, mut bench) = bench();
+    let mut report = Report::default();
     for seed in first..first + cases {
-        let mut random = generate::Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-        random.next();
-        let (i, bytes) = generate::instruction(&mut random, &features);
+        let mut random = source(seed);
+        let (i, bytes) = generate::instruction(&mut random, &features, bits);
         let before = State {
             rip: CODE,
-            ..generate::state(&mut random, &i)
+            cs: if bits == 64 {
+                segments::CODE_64
+            } else {
+                segments::CODE_32
+            },
+            ..generate::state(&mut random, &i, bits)
         };
         if undefined_result(&i, &before) {
             continue;
@@ -283,37 +404,44 @@ fn instructions_agree_with_the_host() {
             // Jcc over an INT3: the processor may run it together with the instruction before.
             code.extend([0x70 | random.below(16) as u8, 1, 0xcc]);
         }
-        code.push(0xcc);
-        let mut data = vec![0; DATA_LEN as usize];
-        for chunk in data.chunks_exact_mut(8) {
-            chunk.copy_from_slice(&random.next().to_le_bytes());
-        }
-        bench.native_code.write(0, &code);
-        bench.guest_code.write(0, &code);
-        bench.native_data.write(0, &data);
-        bench.guest_data.write(0, &data);
-        let native = native::run(&before);
-        let guest = bench.run_guest(&before);
-        let mut result = compare(&i, &before, &native, &guest);
-        if result.is_ok() && bench.native_data.bytes() != bench.guest_data.bytes() {
-            let at = (0..DATA_LEN as usize)
-                .find(|&at| bench.native_data.bytes()[at] != bench.guest_data.bytes()[at]);
-            result = Err(Failure(format!("memory at {at:x?}")));
-        }
-        if let Err(Failure(what)) = result {
-            let name = format!("{:?}", i.code());
-            let count = seen.entry(name.clone()).or_default();
-            *count += 1;
-            if *count == 1 {
-                failures.push(format!("seed {seed}: {name} {bytes:02x?}: {what}"));
-            }
+        let data = random_data(&mut random);
+        if let Err(failure) = bench.case(&i, &before, &code, &data, first_difference) {
+            report.add(seed, format!("{:?}", i.code()), &bytes, failure);
         }
     }
-    failures.truncate(most);
-    assert!(
-        failures.is_empty(),
-        "{} forms disagree:\n{}",
-        seen.len(),
-        failures.join("\n")
-    );
+    report.finish();
+}
+
+#[test]
+fn instructions_agree_with_the_host() {
+    single_instructions(64, setting("EPTIDE_ORACLE_CASES", 100_000));
+}
+
+#[test]
+fn instructions_of_32_bit_code_agree_with_the_host() {
+    single_instructions(32, setting("EPTIDE_ORACLE_CASES", 100_000) / 2);
+}
+
+#[test]
+fn sequences_agree_with_the_host() {
+    let cases = setting("EPTIDE_ORACLE_CASES", 100_000) / 4;
+    let first = setting("EPTIDE_ORACLE_SEED", 1);
+    let (_alone, mut bench) = bench();
+    let has_ldt = segments::install_on_host();
+    let mut report = Report::default();
+    for seed in first..first + cases {
+        let mut random = source(seed);
+        let case = sequences::Case::new(&mut random, has_ldt);
+        let result = bench.case(
+            &case.instruction,
+            &case.before,
+            &case.code,
+            &case.data,
+            |trap, native, guest| case.first_difference(trap, native, guest),
+        );
+        if let Err(failure) = result {
+            report.add(seed, case.name.into(), &case.code, failure);
+        }
+    }
+    report.finish();
 }

@@ -370,9 +370,11 @@ impl Vcpu {
             let segment = self.state.segments[name as usize];
             let access = segment.access;
             let conforming = access.has(AccessRights::CODE | AccessRights::EC);
-            // A null segment stays as it is: 64-bit systems keep bases of FS and GS under null
-            // selectors across returns to user mode.
-            if access.usable() && !conforming && access.dpl() < level {
+            // Of a null segment only the RPL goes: 64-bit systems keep bases of FS and GS under
+            // null selectors across returns to user mode.
+            if !access.usable() {
+                self.state.segments[name as usize].selector = 0;
+            } else if !conforming && access.dpl() < level {
                 self.put_segment(name, Segment::UNUSABLE);
             }
         }

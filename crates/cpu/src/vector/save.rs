@@ -23,6 +23,13 @@ pub(super) mod kind {
 /// MXCSR bits that may be set.
 const MXCSR_MASK: u32 = 0xffff;
 
+/// Bits of the x87 control word that can be set, and the one that always is.
+const X87_CONTROL: u16 = 0x1f3f;
+const X87_CONTROL_ONE: u16 = 1 << 6;
+/// Exception flags of the x87 status word, and its summaries: ES and B.
+const X87_EXCEPTIONS: u16 = 0x3f;
+const X87_SUMMARIES: u16 = 1 << 7 | 1 << 15;
+
 /// Bytes of the legacy region.
 const LEGACY: usize = 512;
 /// Offset of XSTATE_BV, XCOMP_BV and the rest of the header.
@@ -64,7 +71,10 @@ impl Vcpu {
             _ => EXTENDED
                 .iter()
                 .find(|(n, ..)| *n == number)
-                .map(|&(_, offset, size)| self.state.extended.0[offset..offset + size].to_vec())
+                .map(|&(_, offset, size)| {
+                    let size = self.reachable(number, size);
+                    self.state.extended.0[offset..offset + size].to_vec()
+                })
                 .unwrap_or_default(),
         }
     }
@@ -75,8 +85,36 @@ impl Vcpu {
             self.update_context();
             return;
         }
-        if let Some(&(_, offset, size)) = EXTENDED.iter().find(|(n, ..)| *n == number) {
-            self.state.extended.0[offset..offset + size].copy_from_slice(bytes);
+        if let Some(&(_, offset, _)) = EXTENDED.iter().find(|(n, ..)| *n == number) {
+            self.state.extended.0[offset..offset + bytes.len()].copy_from_slice(bytes);
+        }
+    }
+
+    /// How much of a component of `size` bytes the current mode reaches: half of the YMM
+    /// registers outside 64-bit code.
+    fn reachable(&self, number: u32, size: usize) -> usize {
+        if number == 2 && !self.long64 {
+            size / 2
+        } else {
+            size
+        }
+    }
+
+    /// What loading x87 state makes of it: fixed bits of the control word, the summaries in the
+    /// status word that follow from exceptions and masks, eleven bits of opcode.
+    fn settle_x87(&mut self) {
+        let area = &mut self.state.extended.0;
+        let word = |at: usize| u16::from_le_bytes([area[at], area[at + 1]]);
+        let (control, status, opcode) = (word(0), word(2), word(6));
+        let control = control & X87_CONTROL | X87_CONTROL_ONE;
+        let pending = status & !control & X87_EXCEPTIONS != 0;
+        let status = if pending {
+            status | X87_SUMMARIES
+        } else {
+            status & !X87_SUMMARIES
+        };
+        for (at, value) in [(0, control), (2, status), (6, opcode & 0x7ff)] {
+            area[at..at + 2].copy_from_slice(&value.to_le_bytes());
         }
     }
 }
@@ -119,6 +157,8 @@ pub(super) fn fxrstor(cpu: &mut Vcpu, op: &Op) -> Flow {
     let area = &mut cpu.state.extended.0;
     area[..24].copy_from_slice(&image[..24]);
     area[32..160].copy_from_slice(&image[32..160]);
+    cpu.settle_x87();
+    let area = &mut cpu.state.extended.0;
     if cpu.state.cr4.contains(Cr4::OSFXSR) {
         let registers = if cpu.long64 { 16 } else { 8 };
         area[24..28].copy_from_slice(&image[24..28]);
@@ -217,9 +257,9 @@ pub(super) fn xsave(cpu: &mut Vcpu, op: &Op) -> Flow {
     attempt!(cpu.read_wide(address.wrapping_add(HEADER as u64), op.segment, &mut header));
     let old = u64::from_le_bytes(header[..8].try_into().unwrap_or_default());
     // Everything is checked before anything is written.
-    for (_, offset, size) in &places {
+    for (number, offset, size) in &places {
         let at = address.wrapping_add(*offset as u64);
-        attempt!(cpu.check_write(at, *size, op.segment));
+        attempt!(cpu.check_write(at, cpu.reachable(*number, *size), op.segment));
     }
     attempt!(cpu.check_write(address, BASE, op.segment));
     let _ = end;
@@ -306,7 +346,7 @@ pub(super) fn xrstor(cpu: &mut Vcpu, op: &Op) -> Flow {
         if components >> number & 1 == 0 {
             continue;
         }
-        let mut bytes = vec![0; size];
+        let mut bytes = vec![0; cpu.reachable(number, size)];
         if present >> number & 1 != 0 {
             let at = address.wrapping_add(offset as u64);
             attempt!(cpu.read_bytes(at, op.segment, &mut bytes));
@@ -317,7 +357,7 @@ pub(super) fn xrstor(cpu: &mut Vcpu, op: &Op) -> Flow {
     if compact {
         for (number, _, size) in EXTENDED {
             if components >> number & 1 != 0 && layout >> number & 1 == 0 {
-                extended.push((number, vec![0; size]));
+                extended.push((number, vec![0; cpu.reachable(number, size)]));
             }
         }
     }
@@ -335,7 +375,9 @@ pub(super) fn xrstor(cpu: &mut Vcpu, op: &Op) -> Flow {
         let from = source(Xcr0::X87);
         area[..24].copy_from_slice(&from[..24]);
         area[32..160].copy_from_slice(&from[32..160]);
+        cpu.settle_x87();
     }
+    let area = &mut cpu.state.extended.0;
     if components & Xcr0::SSE.bits() != 0 {
         let registers = if cpu.long64 { 16 } else { 8 };
         let end = 160 + 16 * registers;

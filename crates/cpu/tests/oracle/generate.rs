@@ -3,7 +3,7 @@
 use super::{CODE, DATA, DATA_LEN, State};
 use arch::cpuid::Features;
 use iced_x86::{
-    Code, CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register,
+    Code, CodeSize, CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register,
 };
 
 /// xorshift64*: small, seedable, good enough.
@@ -172,6 +172,10 @@ fn comparable(i: &Instruction, features: &Features) -> bool {
             | M::Pushfq
             | M::Popf
             | M::Popfq
+            | M::Pushfd
+            | M::Popfd
+            | M::Lds
+            | M::Les
             | M::Cli
             | M::Sti
             | M::Rdsspd
@@ -196,6 +200,9 @@ fn comparable(i: &Instruction, features: &Features) -> bool {
             | Code::Ldmxcsr_m32
             | Code::VEX_Vldmxcsr_m32
     );
+    // With VEX.W in 32-bit code Intel's processors ignore W and AMD's raise #UD.
+    let vendors_differ = vendors_differ
+        || i.code_size() == CodeSize::Code32 && i.code() == Code::VEX_Vpinsrd_xmm_xmm_rm32_imm8;
     !excluded && !segments && !vendors_differ && i.code() != Code::Int1
 }
 
@@ -244,10 +251,10 @@ fn offered(needed: CpuidFeature, features: &Features) -> bool {
 }
 
 /// A random instruction that can be compared, with its bytes.
-pub fn instruction(random: &mut Random, features: &Features) -> (Instruction, Vec<u8>) {
+pub fn instruction(random: &mut Random, features: &Features, bits: u32) -> (Instruction, Vec<u8>) {
     loop {
         let all = bytes(random);
-        let mut decoder = Decoder::with_ip(64, &all, CODE, DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(bits, &all, CODE, DecoderOptions::NONE);
         let mut i = decoder.decode();
         let len = decoder.position();
         let mut bytes = all[..len].to_vec();
@@ -267,10 +274,11 @@ pub fn instruction(random: &mut Random, features: &Features) -> (Instruction, Ve
 }
 
 /// A random state in which the instruction's memory operands lie, mostly, in the data.
-pub fn state(random: &mut Random, i: &Instruction) -> State {
+pub fn state(random: &mut Random, i: &Instruction, bits: u32) -> State {
     let mut state = State::default();
+    let mask = if bits == 64 { u64::MAX } else { 0xffff_ffff };
     for register in &mut state.gpr {
-        *register = random.interesting();
+        *register = random.interesting() & mask;
     }
     state.gpr[4] = DATA + DATA_LEN / 2 + 8 * random.below(64);
     state.rflags = random.next() & 0x8d5 | 2;
@@ -286,6 +294,9 @@ pub fn state(random: &mut Random, i: &Instruction) -> State {
     floats(random, &mut state.fpu);
     x87(random, &mut state.fpu);
     place(random, i, &mut state);
+    for register in &mut state.gpr {
+        *register &= mask;
+    }
     state
 }
 
@@ -402,6 +413,10 @@ fn place_operand(random: &mut Random, i: &Instruction, state: &mut State, wild: 
         }
     }
     if base == Register::None || base == Register::RIP || base == Register::EIP {
+        return;
+    }
+    if base.size() == 2 {
+        // 16-bit addresses reach no data: they fault alike.
         return;
     }
     let aligned = if random.below(4) == 0 {

@@ -3,7 +3,7 @@
 //! A signal handler replaces the interrupted context by the wanted one; the instruction's own
 //! fault, or the INT3 behind it, comes back as a signal whose context holds the result.
 
-use super::State;
+use super::{State, segments};
 use std::cell::{Cell, RefCell};
 
 /// How the instruction ended.
@@ -11,6 +11,7 @@ use std::cell::{Cell, RefCell};
 pub struct Trap {
     pub vector: u8,
     pub address: u64,
+    pub error: u32,
 }
 
 thread_local! {
@@ -83,6 +84,7 @@ pub fn install() {
 /// Runs the instruction at `state.rip` (with INT3 behind it) natively.
 pub fn run(state: &State) -> (State, Trap) {
     WANTED.set(Some(state.clone()));
+    segments::load_data_segments();
     // SAFETY: delivered to this thread at once; the handler switches contexts and back.
     unsafe { libc::raise(libc::SIGUSR1) };
     RESULT
@@ -108,6 +110,9 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut lib
         }
         gregs[libc::REG_RIP as usize] = wanted.rip as i64;
         gregs[libc::REG_EFL as usize] = (wanted.rflags | 0x202) as i64;
+        let selectors = &mut gregs[libc::REG_CSGSFS as usize];
+        *selectors &= 0x0000_ffff_ffff_0000;
+        *selectors |= i64::from(wanted.cs) | i64::from(wanted.ss) << 48;
         fpu[..416].copy_from_slice(&wanted.fpu[..416]);
         // x87, SSE and AVX are present in the image, whatever was in use before.
         fpu[512] |= 7;
@@ -140,6 +145,8 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut lib
     }
     state.rip = gregs[libc::REG_RIP as usize] as u64;
     state.rflags = gregs[libc::REG_EFL as usize] as u64;
+    let selectors = gregs[libc::REG_CSGSFS as usize];
+    (state.cs, state.ss) = (selectors as u16, (selectors >> 48) as u16);
     state.fpu[..416].copy_from_slice(&fpu[..416]);
     // A component that the image leaves out is in its initial state.
     let present = fpu[512];
@@ -157,6 +164,7 @@ extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut lib
     let trap = Trap {
         vector: gregs[libc::REG_TRAPNO as usize] as u8,
         address: gregs[libc::REG_CR2 as usize] as u64,
+        error: gregs[libc::REG_ERR as usize] as u32,
     };
     RESULT.set(Some((state, trap)));
     if let Some(saved) = SAVED.take() {
