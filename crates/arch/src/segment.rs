@@ -121,6 +121,22 @@ impl Segment {
         selector: 0,
     };
 
+    /// What loading `selector`, whose 8-byte descriptor this is, puts into the register.
+    pub const fn from_descriptor(descriptor: u64, selector: u16) -> Segment {
+        let access = AccessRights::from_descriptor_high((descriptor >> 32) as u32);
+        let limit = (descriptor & 0xffff | descriptor >> 32 & 0xf_0000) as u32;
+        Segment {
+            base: descriptor >> 16 & 0xff_ffff | descriptor >> 32 & 0xff00_0000,
+            limit: if access.has(AccessRights::G) {
+                limit << 12 | 0xfff
+            } else {
+                limit
+            },
+            access,
+            selector,
+        }
+    }
+
     /// A real-mode style segment: base = selector × 16, limit 64 KiB.
     pub const fn real_mode(selector: u16, code: bool) -> Segment {
         Segment {
@@ -151,6 +167,15 @@ const _: () = assert!(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn segments_from_descriptors() {
+        let flat = Segment::from_descriptor(0x00cf_9300_0000_ffff, 0x10);
+        assert_eq!((flat.base, flat.limit, flat.selector), (0, u32::MAX, 0x10));
+        let small = Segment::from_descriptor(0x1240_f334_5678_0fff, 0x1b);
+        assert_eq!((small.base, small.limit), (0x1234_5678, 0xfff));
+        assert_eq!(small.access.0, 0x40f3);
+    }
 
     #[test]
     fn rights_from_descriptor() {

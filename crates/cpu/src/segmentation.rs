@@ -27,19 +27,9 @@ impl Descriptor {
 
     /// As a segment register's contents.
     pub(crate) fn segment(&self, selector: u16) -> Segment {
-        let access = self.access();
-        let limit = (self.low & 0xffff | self.low >> 32 & 0xf_0000) as u32;
-        let base = self.low >> 16 & 0xff_ffff | self.low >> 32 & 0xff00_0000 | self.high << 32;
-        Segment {
-            base,
-            limit: if access.has(AccessRights::G) {
-                limit << 12 | 0xfff
-            } else {
-                limit
-            },
-            access,
-            selector,
-        }
+        let mut segment = Segment::from_descriptor(self.low, selector);
+        segment.base |= self.high << 32;
+        segment
     }
 
     // Fields of a call gate.

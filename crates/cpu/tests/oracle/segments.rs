@@ -179,18 +179,7 @@ fn segment(selector: u16) -> Segment {
     } else {
         LOCALS[usize::from(selector >> 3)].descriptor()
     };
-    let limit = (descriptor & 0xffff | descriptor >> 32 & 0xf_0000) as u32;
-    let access = AccessRights((descriptor >> 40) as u32 & 0xf0ff);
-    Segment {
-        base: descriptor >> 16 & 0xff_ffff | descriptor >> 56 << 24,
-        limit: if access.has(AccessRights::G) {
-            limit << 12 | 0xfff
-        } else {
-            limit
-        },
-        access,
-        selector,
-    }
+    Segment::from_descriptor(descriptor, selector)
 }
 
 /// Loads flat data segments into DS and ES of this thread, and null into GS. 64-bit code does not

@@ -169,18 +169,8 @@ impl Descriptor {
     }
 
     fn segment(&self, selector: u16) -> Segment {
-        let limit = self.low & 0xffff | self.high & 0xf_0000;
-        let access = self.access();
-        Segment {
-            base: (self.low >> 16 | (self.high & 0xff) << 16 | self.high & 0xff00_0000) as u64,
-            limit: if access.has(AccessRights::G) {
-                limit << 12 | 0xfff
-            } else {
-                limit
-            },
-            access,
-            selector,
-        }
+        let descriptor = u64::from(self.low) | u64::from(self.high) << 32;
+        Segment::from_descriptor(descriptor, selector)
     }
 }
 
