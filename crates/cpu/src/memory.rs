@@ -131,8 +131,22 @@ impl Vcpu {
             let places = self.resolve_split(gva, bytes.len(), access)?;
             return self.transfer_in(gva, &places, bytes, access);
         }
-        let place = self.resolve_cached(gva, access)?;
-        self.transfer_part_in(gva, place, bytes, access)
+        match self.resolve_cached(gva, access) {
+            Ok(place) => self.transfer_part_in(gva, place, bytes, access),
+            Err(Stop) => {
+                self.note_interrupted_read(bytes.len());
+                Err(Stop)
+            }
+        }
+    }
+
+    /// A read stopped: if a device is why, its emulation begins with that read.
+    fn note_interrupted_read(&mut self, len: usize) {
+        let is_device = matches!(
+            &self.cause,
+            Cause::Exit(exit) if exit.reason == ExitReason::EptMisconfiguration
+        );
+        self.interrupted_read = (is_device && self.failed_on_access).then_some(len);
     }
 
     /// Like [`Vcpu::read_bytes`], with a fast path for what lies in one page that the TLB knows.
@@ -500,7 +514,6 @@ impl Vcpu {
         }
         self.statistics.tlb_misses += 1;
         let privilege = self.privilege();
-        let paging = self.paging;
         let root = self.guest_root();
         // As below for the second stage: in host-owned tables that is one right with the guest's.
         let is_decided = self.observer.is_some() && self.controls().shadow_root.levels != 0;
@@ -510,13 +523,17 @@ impl Vcpu {
             access
         };
         let space = self.space();
-        let number = self.tlb.number(space);
+        let number = self.tlb.number(&space);
         let mut tables = CachedTables {
             tables: &mut self.second_stage,
             tag: self.tlb.walks.tag(number),
             cache: &mut self.tlb.walks,
         };
-        let translated = paging.translate(&mut tables, &root, Gva::new(gva), walked, &privilege);
+        let gva = Gva::new(gva);
+        let translated = self
+            .paging
+            .translate(&mut tables, &root, gva, walked, &privilege);
+        let gva = gva.get();
         let translation = match translated {
             Ok(translation) => translation,
             Err(GuestError::PageFault(fault)) => {
@@ -564,7 +581,7 @@ impl Vcpu {
             Class::Supervisor => Access::IMPLICIT,
             _ => Access::empty(),
         };
-        let protection = paging.protection();
+        let protection = self.paging.protection();
         let may = |access: Access| {
             protection
                 .check(
@@ -630,6 +647,7 @@ impl Vcpu {
             }
             return self.stop_with(Cause::Exit(exit));
         }
+        self.failed_on_access = is_final;
         let mut exit = VmExit::new(ExitReason::EptViolation);
         exit.guest_physical_address = outcome.gpa;
         exit.guest_linear_address = gva;

@@ -236,7 +236,7 @@ impl SecondStage {
     }
 
     fn walk(&mut self, gpa: u64, access: StageAccess) -> Result<Mapped, Outcome> {
-        let Some(paging) = self.paging else {
+        let Some(paging) = &self.paging else {
             unreachable!("translate returns early without EPT");
         };
         let logging = self.pml.is_some();

@@ -207,6 +207,10 @@ pub struct Vcpu {
     pub(crate) preemption_deadline: Option<u64>,
     pub(crate) pause_loop: PauseLoop,
     pub(crate) host_fault_gpa: Option<u64>,
+    /// The last failure of the second stage was about the access itself, not about a guest
+    /// paging-structure entry.
+    pub(crate) failed_on_access: bool,
+    pub(crate) interrupted_read: Option<usize>,
     /// What [`Attention::in_guest`] says, for this thread.
     in_guest: bool,
     /// [`Vcpu::assume_unchanged`] was called for the next entry or emulation.
@@ -287,6 +291,8 @@ impl Vcpu {
             preemption_deadline: None,
             pause_loop: PauseLoop::default(),
             host_fault_gpa: None,
+            failed_on_access: false,
+            interrupted_read: None,
             in_guest: false,
             is_unchanged: false,
             contexts_updated: false,
@@ -368,6 +374,13 @@ impl Vcpu {
     /// it exited.
     pub fn take_host_fault(&mut self) -> Option<u64> {
         self.host_fault_gpa.take()
+    }
+
+    /// Bytes of the read that ended the last entry with an EPT misconfiguration, if it was a read
+    /// in one page, of data, by the instruction at RIP, and the first thing that the instruction
+    /// will ask a [`Bus`] for.
+    pub fn interrupted_read(&self) -> Option<usize> {
+        self.interrupted_read
     }
 
     /// The EPT pointer that the guest last loaded by VMFUNC, since the last call: the new value of

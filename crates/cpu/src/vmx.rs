@@ -78,6 +78,7 @@ impl Vcpu {
         self.bus_lock = false;
         self.windowless_since = None;
         self.host_fault_gpa = None;
+        self.interrupted_read = None;
         if self.has_own_business() {
             self.request_own();
         }

@@ -20,7 +20,7 @@ use arch::page_fault::ErrorCode;
 use cpu::{Bus, BusResponse, Emulated, MmioHint};
 use kvm_bindings::{KVM_EXIT_MMIO, kvm_run__bindgen_ty_1__bindgen_ty_6};
 use mmu::AddressSpace;
-use smallvec::SmallVec;
+use smallvec::{SmallVec, smallvec};
 use std::collections::VecDeque;
 
 const PAGE_MASK: u64 = !0xfff;
@@ -106,23 +106,29 @@ impl MmioBus<'_> {
 
     /// What memory or a device in this process answers.
     fn read_here(&self, gpa: u64, data: &mut [u8]) -> bool {
-        if let Some(apic) = self.apic.filter(|apic| apic.decodes(gpa)) {
-            read_register(gpa, data, |offset| apic.read(offset).unwrap_or(0));
-            return true;
-        }
-        if let Some(chip) = self.vm.irqchip()
-            && let Some(value) = chip.read_ioapic(gpa & !3)
-        {
-            read_register(gpa, data, |_| value);
-            return true;
-        }
-        self.device != Some(gpa & PAGE_MASK)
-            && self
-                .vm
-                .mmu
-                .read_guest(self.space, Gpa::new(gpa), data)
-                .is_ok()
+        read_device(self.vm, self.apic, gpa, data)
+            || self.device != Some(gpa & PAGE_MASK)
+                && self
+                    .vm
+                    .mmu
+                    .read_guest(self.space, Gpa::new(gpa), data)
+                    .is_ok()
     }
+}
+
+/// Reads a device in this process; false if none is there.
+fn read_device(vm: &Vm, apic: Option<&LocalApic>, gpa: u64, data: &mut [u8]) -> bool {
+    if let Some(apic) = apic.filter(|apic| apic.decodes(gpa)) {
+        read_register(gpa, data, |offset| apic.read(offset).unwrap_or(0));
+        return true;
+    }
+    if let Some(chip) = vm.irqchip()
+        && let Some(value) = chip.read_ioapic(gpa & !3)
+    {
+        read_register(gpa, data, |_| value);
+        return true;
+    }
+    false
 }
 
 /// Reads part of a 32-bit register whose 16-byte slot holds `gpa`.
@@ -182,6 +188,20 @@ impl Bus for MmioBus<'_> {
 pub(crate) fn emulate_device(core: &mut Core, vcpu: &Vcpu, hint: MmioHint) -> Outcome {
     core.emulation.begin(core.cpu.state.rip, Some(hint));
     core.emulation.device = Some(hint.gpa & PAGE_MASK);
+    if let Some(length) = core.cpu.interrupted_read() {
+        // What the instruction is going to ask for is known: its emulation can begin when the
+        // answer is there.
+        let mut read = Transfer {
+            gpa: hint.gpa,
+            data: smallvec![0; length],
+        };
+        let apic = vcpu.apic().map(|apic| &**apic);
+        if !read_device(vcpu.vm(), apic, hint.gpa, &mut read.data) {
+            core.emulation.asking = Some((read, 0));
+            return ask(core, vcpu);
+        }
+        core.emulation.answered.push(read);
+    }
     advance(core, vcpu, None)
 }
 

@@ -50,12 +50,19 @@ enum Listed {
     No,
 }
 
+#[derive(Debug)]
 struct Row {
     first: u32,
     last: u32,
     listed: Listed,
     read: Read,
     write: Write,
+}
+
+impl Row {
+    fn holds(&self, index: u32) -> bool {
+        (self.first..=self.last).contains(&index)
+    }
 }
 
 const fn row(first: u32, last: u32, listed: Listed, read: Read, write: Write) -> Row {
@@ -316,7 +323,7 @@ const FEATURES: &[(u32, u64)] = &[
 
 fn find(index: u32) -> Option<&'static Row> {
     let after = TABLE.partition_point(|row| row.first <= index);
-    TABLE[..after].last().filter(|row| index <= row.last)
+    TABLE[..after].last().filter(|row| row.holds(index))
 }
 
 /// KVM_GET_MSR_INDEX_LIST.
@@ -357,14 +364,25 @@ pub(crate) fn bitmap(filtered: impl Fn(u32, bool) -> bool) -> MsrBitmap {
 impl Access<'_> {
     /// Reads the register.
     pub(crate) fn read(&mut self) -> Result<u64, MsrError> {
-        let row = find(self.index).ok_or(MsrError::Unknown)?;
+        let row = self.row()?;
         (row.read)(self)
     }
 
     /// Writes the register.
     pub(crate) fn write(&mut self, value: u64) -> Result<(), MsrError> {
-        let row = find(self.index).ok_or(MsrError::Unknown)?;
+        let row = self.row()?;
         (row.write)(self, value)
+    }
+
+    /// The register's row: often that of the last access.
+    fn row(&mut self) -> Result<&'static Row, MsrError> {
+        let last = self.core.msrs.last_row;
+        if last.holds(self.index) {
+            return Ok(last);
+        }
+        let row = find(self.index).ok_or(MsrError::Unknown)?;
+        self.core.msrs.last_row = row;
+        Ok(row)
     }
 }
 
@@ -445,6 +463,8 @@ pub(crate) struct MsrState {
     /// CTL, STATUS, ADDR and MISC of each machine-check bank.
     pub(crate) mce_banks: [[u64; 4]; MCE_BANKS],
     mce_ctl2: [u64; MCE_BANKS],
+    /// The row of the last access.
+    last_row: &'static Row,
 }
 
 impl MsrState {
@@ -455,6 +475,7 @@ impl MsrState {
             stored: Vec::new(),
             mce_banks: [[!0, 0, 0, 0]; MCE_BANKS],
             mce_ctl2: [0; MCE_BANKS],
+            last_row: &TABLE[0],
         };
         let unavailable = misc_enable::PEBS_UNAVAIL | misc_enable::BTS_UNAVAIL;
         state.set(msr::MISC_ENABLE, misc_enable::FAST_STRING | unavailable);

@@ -448,10 +448,8 @@ impl Core {
         let rip = state.rip.wrapping_add(length);
         state.rip = if wide { rip } else { rip & 0xffff_ffff };
         state.interruptibility -= Interruptibility::STI | Interruptibility::MOV_SS;
-        let flags = state.rflags();
-        if flags & Rflags::RF.bits() != 0 {
-            state.set_rflags(flags & !Rflags::RF.bits());
-        }
+        let flags = state.rflags_rest;
+        state.rflags_rest = flags & !Rflags::RF.bits();
         if self.debug.single_step() {
             self.debug.stepped = true;
         } else if flags & Rflags::TF.bits() != 0 {
