@@ -389,6 +389,15 @@ impl Vcpu {
         self.switched_eptp.take()
     }
 
+    /// Whether the page-modification log has entries.
+    #[inline(always)]
+    pub fn has_page_modifications(&self) -> bool {
+        self.second_stage
+            .pml
+            .as_ref()
+            .is_some_and(|log| !log.is_empty())
+    }
+
     /// The page-modification log: page addresses whose EPT dirty flag was set, oldest first. The
     /// log is empty afterwards.
     pub fn take_page_modification_log(&mut self) -> Vec<u64> {

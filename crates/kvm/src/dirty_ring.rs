@@ -21,6 +21,8 @@ const DIRTY: u32 = 1 << 0;
 const RESET: u32 = 1 << 1;
 /// Entries kept free for pages that one entry into the guest can dirty.
 const RESERVED: u32 = 64;
+/// Entries kept free, too, where a page-modification log fills the ring: the log's.
+const RESERVED_FOR_LOG: u32 = 512;
 /// The largest ring, in bytes.
 pub(crate) const MAX_BYTES: u32 = 65536 * size_of::<kvm_dirty_gfn>() as u32;
 
@@ -29,6 +31,8 @@ pub(crate) const MAX_BYTES: u32 = 65536 * size_of::<kvm_dirty_gfn>() as u32;
 pub(crate) struct DirtyRing {
     entries: NonNull<kvm_dirty_gfn>,
     count: u32,
+    /// Entries kept free.
+    reserved: u32,
     /// Entries published and entries freed, ever.
     published: AtomicU32,
     freed: AtomicU32,
@@ -41,9 +45,18 @@ unsafe impl Send for DirtyRing {}
 // SAFETY: as above; producers take turns by the mutex.
 unsafe impl Sync for DirtyRing {}
 
+/// Entries kept free.
+fn reserved(with_log: bool) -> u32 {
+    if with_log {
+        RESERVED + RESERVED_FOR_LOG
+    } else {
+        RESERVED
+    }
+}
+
 /// Whether a ring may have this size in bytes.
-pub(crate) fn check_size(bytes: u64) -> Result<u32> {
-    let least = (RESERVED as u64 * 2) * size_of::<kvm_dirty_gfn>() as u64;
+pub(crate) fn check_size(bytes: u64, with_log: bool) -> Result<u32> {
+    let least = (reserved(with_log) as u64 + 1) * size_of::<kvm_dirty_gfn>() as u64;
     if !bytes.is_power_of_two() || bytes < least.max(PAGE as u64) {
         return fail(libc::EINVAL);
     }
@@ -55,7 +68,7 @@ pub(crate) fn check_size(bytes: u64) -> Result<u32> {
 
 impl DirtyRing {
     /// Maps the ring of `bytes` bytes behind a vCPU's area.
-    pub(crate) fn new(area: &RunArea, bytes: u32) -> Result<Arc<DirtyRing>> {
+    pub(crate) fn new(area: &RunArea, bytes: u32, with_log: bool) -> Result<Arc<DirtyRing>> {
         let offset = (DIRTY_RING_PAGE * PAGE) as u64;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED;
@@ -74,6 +87,7 @@ impl DirtyRing {
         Ok(Arc::new(DirtyRing {
             entries: NonNull::new(base.cast()).ok_or(Error::new(libc::ENOMEM))?,
             count: bytes / size_of::<kvm_dirty_gfn>() as u32,
+            reserved: reserved(with_log),
             published: AtomicU32::new(0),
             freed: AtomicU32::new(0),
             producer: Mutex::new(()),
@@ -121,7 +135,7 @@ impl DirtyRing {
             .published
             .load(Ordering::Relaxed)
             .wrapping_sub(self.freed.load(Ordering::Relaxed));
-        used >= self.count - RESERVED
+        used >= self.count - self.reserved
     }
 
     /// Frees the entries that user space has collected, in order: their slots and offsets.

@@ -264,6 +264,7 @@ fn advance(core: &mut Core, vcpu: &Vcpu, observer: Option<&mut dyn cpu::Observer
         let (asking, writes) = (bus.asking, bus.writes);
         core.in_guest_mode = in_guest_mode;
         core.take_guest_registers(guest);
+        core.record_modified_pages(vcpu);
         core.is_unchanged = observer.is_none();
         core.emulation.answered = answered;
         if result != Emulated::Done || !writes.is_empty() || observer.is_some() {

@@ -190,7 +190,11 @@ impl Vcpu {
         let run = RunArea::new(id, vm.coalesced.memory(), ring)?;
         let ring = match ring {
             0 => None,
-            bytes => Some(crate::dirty_ring::DirtyRing::new(&run, bytes as u32)?),
+            bytes => Some(crate::dirty_ring::DirtyRing::new(
+                &run,
+                bytes as u32,
+                vm.logs_pages(),
+            )?),
         };
         let waits = apic.is_some() && !bootstrap;
         let mut apic_base = lapic::DEFAULT_BASE | msr::apic_base::ENABLE;
@@ -235,6 +239,9 @@ impl Vcpu {
         };
         if core.has_shadow_paging {
             exits::shadow::choose_controls(&mut core.controls);
+        }
+        if vm.logs_pages() {
+            core.controls.secondary |= SecondaryControls::ENABLE_PML;
         }
         core.set_tsc(vm.initial_tsc());
         core.update_msr_bitmap(vm);
@@ -591,7 +598,7 @@ impl Core {
             }
             Err(outcome) => return outcome,
         }
-        let exit = self.enter_processor();
+        let exit = self.enter_processor(vcpu);
         self.counters.exits += 1;
         self.counters.by_reason.count(exit.reason);
         self.take_back_event(&exit);

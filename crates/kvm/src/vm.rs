@@ -16,7 +16,7 @@ use crate::vcpu::Vcpu;
 use arc_swap::ArcSwap;
 use arch::addr::{Gpa, Hva};
 use kvm_bindings::*;
-use mmu::{AddressSpace, MemoryRegion, Mmu, SlotError};
+use mmu::{AddressSpace, DirtyMethod, MemoryRegion, Mmu, SlotError};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -163,6 +163,11 @@ impl Vm {
         let config = mmu::Config {
             physical_bits: crate::cpuid::max_physical_bits() as u32,
             shadow: !options.ept,
+            dirty_method: if options.ept && options.pml {
+                DirtyMethod::PageModificationLog
+            } else {
+                DirtyMethod::WriteProtect
+            },
             max_table_pages: if options.ept {
                 usize::MAX
             } else {
@@ -202,6 +207,11 @@ impl Vm {
             max_mmu_pages: AtomicU64::new(config.max_table_pages as u64),
             identity_map: AtomicU64::new(0xfffb_c000),
         }))
+    }
+
+    /// Processors log the pages that they make dirty.
+    pub(crate) fn logs_pages(&self) -> bool {
+        self.mmu.config().dirty_method == DirtyMethod::PageModificationLog
     }
 
     /// EIO once an inconsistency was found.
@@ -412,7 +422,7 @@ impl Vm {
 
     /// KVM_CAP_DIRTY_LOG_RING: every vCPU created from now on has a ring of `bytes` bytes.
     pub(crate) fn enable_dirty_rings(&self, bytes: u64) -> Result<()> {
-        let bytes = crate::dirty_ring::check_size(bytes)?;
+        let bytes = crate::dirty_ring::check_size(bytes, self.logs_pages())?;
         if self.settings().dirty_ring != 0 || self.has_vcpus() {
             return fail(libc::EINVAL);
         }

@@ -372,7 +372,7 @@ fn written_pages_are_in_the_log() {
 #[test]
 fn written_pages_are_in_the_ring() {
     use std::os::fd::AsRawFd;
-    const RING: usize = 4096;
+    const RING: usize = 1024 * size_of::<kvm_dirty_gfn>();
     let code = assemble(|a| {
         a.mov(byte_ptr(0x3000), 1)?;
         stop(a)?;
@@ -411,7 +411,7 @@ fn written_pages_are_in_the_ring() {
     let mut collect = || {
         let mut found = Vec::new();
         loop {
-            // SAFETY: inside the ring, which has 256 entries.
+            // SAFETY: inside the ring, which has 1024 entries.
             let entry = unsafe { &mut *entries.add(next) };
             if entry.flags != 1 {
                 return found;

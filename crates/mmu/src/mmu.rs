@@ -319,6 +319,13 @@ impl Mmu {
         self.gates.flush(flush);
     }
 
+    /// Returns when every processor that is in guest mode has left it once. The caller's own vCPU
+    /// must be outside.
+    pub fn synchronize(&self) {
+        let nothing = Gfn::new(0);
+        self.flush(&Flush::Range(nothing..nothing));
+    }
+
     /// Makes every processor drop all translations: for changes that are not of tables (a change
     /// of what the processor may cache).
     pub fn flush_all(&self) {

@@ -13,23 +13,38 @@ use kvm_bindings::*;
 pub struct Options {
     /// Two-dimensional paging; without it, guests run on shadow tables.
     pub ept: bool,
+    /// Page-modification logging finds what the dirty log reports, which needs EPT; without it,
+    /// write protection does.
+    pub pml: bool,
 }
 
-/// The environment variable that stands for `kvm_intel.ept`: `off` or `0` turns EPT off.
+/// The environment variables that stand for `kvm_intel.ept` and `kvm_intel.pml`: `off` or `0` turns
+/// one off.
 const EPT_VARIABLE: &str = "EPTIDE_EPT";
+const PML_VARIABLE: &str = "EPTIDE_PML";
 
 impl Default for Options {
     fn default() -> Options {
-        let value = std::env::var_os(EPT_VARIABLE);
-        let is_off = value.is_some_and(|value| value == "off" || value == "0");
-        Options { ept: !is_off }
+        let is_on = |variable| {
+            let value = std::env::var_os(variable);
+            value.is_none_or(|value| value != "off" && value != "0")
+        };
+        Options {
+            ept: is_on(EPT_VARIABLE),
+            pml: is_on(PML_VARIABLE),
+        }
     }
 }
 
 impl Options {
     /// These options with EPT on or off.
     pub fn with_ept(self, ept: bool) -> Options {
-        Options { ept }
+        Options { ept, ..self }
+    }
+
+    /// These options with page-modification logging on or off.
+    pub fn with_pml(self, pml: bool) -> Options {
+        Options { pml, ..self }
     }
 }
 

@@ -242,6 +242,9 @@ impl VmFd {
         if self.vm.settings().dirty_ring != 0 {
             return fail(libc::ENXIO);
         }
+        if self.vm.logs_pages() {
+            self.vm.mmu.synchronize();
+        }
         let pages = memory_size.div_ceil(4096);
         let mut bitmap = vec![0; pages.div_ceil(64)];
         let manual = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE as u64;

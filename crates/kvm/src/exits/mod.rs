@@ -103,7 +103,8 @@ const fn row(reason: ExitReason) -> Row {
         R::Xsetbv => Handle(control_registers::xsetbv),
         R::Rdrand | R::Rdseed => Never("RDRAND and RDSEED exiting are off"),
         R::Encls => Handle(instructions::undefined),
-        R::PmlFull => Never("page-modification logging is off"),
+        // Every exit empties the log.
+        R::PmlFull => Handle(instructions::kicked),
         R::Xsaves | R::Xrstors => Never("the XSS-exiting bitmap is empty"),
         R::Umwait | R::Tpause => Never("UMWAIT and TPAUSE are not offered"),
         R::BusLock => Never("bus-lock detection is off"),

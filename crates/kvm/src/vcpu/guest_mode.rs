@@ -5,10 +5,12 @@
 //! that needs neither stays ([`crate::exits`] says which), so that the next entry costs no look at
 //! the root and no fence. What others want meanwhile they post with a kick, which that entry meets.
 //!
-//! Nothing may call the MMU from guest mode, except to look into the cache of MMIO pages.
+//! Nothing may call the MMU from guest mode, except to look into the cache of MMIO pages and to
+//! record dirty pages, which wait for nobody.
 
 use crate::exits::Outcome;
 use crate::vcpu::{Core, Vcpu};
+use arch::addr::Gpa;
 use arch::exit::VmExit;
 use cpu::Flush;
 use mmu::Entry;
@@ -60,13 +62,26 @@ impl Core {
     }
 
     /// Executes until the next exit.
-    pub(super) fn enter_processor(&mut self) -> VmExit {
+    pub(super) fn enter_processor(&mut self, vcpu: &Vcpu) -> VmExit {
         let guest = self.put_processor_registers();
         self.promise();
         let exit = self.cpu.enter(&self.controls);
         self.take_guest_registers(guest);
+        self.record_modified_pages(vcpu);
         self.is_unchanged = true;
         exit
+    }
+
+    /// Moves the processor's page-modification log to the dirty log. In guest mode: who reads the
+    /// dirty log waits until the vCPU has left.
+    #[inline]
+    pub(crate) fn record_modified_pages(&mut self, vcpu: &Vcpu) {
+        if self.cpu.has_page_modifications() {
+            let (mmu, space) = (&vcpu.vm().mmu, self.mmu.address_space());
+            for page in self.cpu.take_page_modification_log() {
+                mmu.mark_dirty(space, Gpa::new(page).gfn());
+            }
+        }
     }
 
     /// Spares the processor a look at what did not change since it last executed.
