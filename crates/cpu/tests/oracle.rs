@@ -1,8 +1,8 @@
 //! The host processor is the oracle: random user-level instructions run natively and on the
 //! software processor from the same state, and everything defined must agree.
 //!
-//! Three tests: single instructions in 64-bit code, in 32-bit code, and short sequences that load
-//! segments, transfer control far, and save and restore extended state.
+//! Four tests: single instructions in 64-bit code, in 32-bit and in 16-bit code, and short
+//! sequences that load segments, transfer control far, and save and restore extended state.
 //!
 //! `EPTIDE_ORACLE_CASES` sets the number of cases (100,000 by default), `EPTIDE_ORACLE_SEED` the
 //! first seed. A failure prints the seed that repeats it alone.
@@ -40,6 +40,8 @@ pub(crate) struct State {
     pub(crate) rflags: u64,
     pub(crate) cs: u16,
     pub(crate) ss: u16,
+    /// DS and ES; what becomes of them is not compared.
+    pub(crate) ds: u16,
     pub(crate) fpu: [u8; 832],
 }
 
@@ -53,6 +55,7 @@ impl Default for State {
             rflags: 2,
             cs: segments::CODE_64,
             ss: segments::FLAT_DATA,
+            ds: segments::FLAT_DATA,
             fpu,
         }
     }
@@ -119,7 +122,7 @@ impl Bench {
         vcpu.state.rip = state.rip;
         vcpu.state.set_rflags(state.rflags | 0x202);
         vcpu.state.extended.0[..832].copy_from_slice(&state.fpu);
-        segments::load(&mut vcpu.state, state.cs, state.ss);
+        segments::load(&mut vcpu.state, state);
         let mut exit = self.guest.vcpu.enter(&self.guest.controls);
         let mut guard = 0;
         while exit.reason == ExitReason::ExternalInterrupt && guard < 3 {
@@ -227,6 +230,11 @@ fn compare(
     guest: &(State, Trap),
 ) -> Result<(), Failure> {
     let fail = |what: String| Err(Failure(what));
+    // Beyond the stack segment and misaligned: which fault comes first is the processor's choice.
+    let both = i.memory_size().size() >= 16 && (native.1.vector, guest.1.vector) == (13, 12);
+    if both {
+        return Ok(());
+    }
     if native.1.vector != guest.1.vector {
         return fail(format!(
             "vector: native {:?}, guest {:?}",
@@ -251,7 +259,9 @@ fn compare(
         return fail(format!("rip: native {:#x}, guest {:#x}", n.rip, g.rip));
     }
     for r in 0..16 {
-        if n.gpr[r] != g.gpr[r] {
+        // Returns to a 16-bit stack leave something of the kernel's in RSP.
+        let hidden = if r == 4 && n.ss & 4 != 0 { 32 } else { 0 };
+        if (n.gpr[r] ^ g.gpr[r]) << hidden != 0 {
             return fail(format!(
                 "register {r}: native {:#x}, guest {:#x}",
                 n.gpr[r], g.gpr[r]
@@ -387,13 +397,16 @@ fn single_instructions(bits: u32, cases: u64) {
     for seed in first..first + cases {
         let mut random = source(seed);
         let (i, bytes) = generate::instruction(&mut random, &features, bits);
+        let (rip, cs, data_segment) = match bits {
+            64 => (CODE, segments::CODE_64, segments::FLAT_DATA),
+            32 => (CODE, segments::CODE_32, segments::FLAT_DATA),
+            _ => (0, segments::CODE_16, segments::DATA_16),
+        };
         let before = State {
-            rip: CODE,
-            cs: if bits == 64 {
-                segments::CODE_64
-            } else {
-                segments::CODE_32
-            },
+            rip,
+            cs,
+            ss: data_segment,
+            ds: data_segment,
             ..generate::state(&mut random, &i, bits)
         };
         if undefined_result(&i, &before) {
@@ -420,6 +433,15 @@ fn instructions_agree_with_the_host() {
 #[test]
 fn instructions_of_32_bit_code_agree_with_the_host() {
     single_instructions(32, setting("EPTIDE_ORACLE_CASES", 100_000) / 2);
+}
+
+#[test]
+fn instructions_of_16_bit_code_agree_with_the_host() {
+    if !segments::install_on_host() {
+        eprintln!("skipped: the host gives no process an LDT");
+        return;
+    }
+    single_instructions(16, setting("EPTIDE_ORACLE_CASES", 100_000) / 2);
 }
 
 #[test]

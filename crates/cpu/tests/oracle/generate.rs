@@ -200,9 +200,9 @@ fn comparable(i: &Instruction, features: &Features) -> bool {
             | Code::Ldmxcsr_m32
             | Code::VEX_Vldmxcsr_m32
     );
-    // With VEX.W in 32-bit code Intel's processors ignore W and AMD's raise #UD.
+    // With VEX.W outside 64-bit code Intel's processors ignore W and AMD's raise #UD.
     let vendors_differ = vendors_differ
-        || i.code_size() == CodeSize::Code32 && i.code() == Code::VEX_Vpinsrd_xmm_xmm_rm32_imm8;
+        || i.code_size() != CodeSize::Code64 && i.code() == Code::VEX_Vpinsrd_xmm_xmm_rm32_imm8;
     !excluded && !segments && !vendors_differ && i.code() != Code::Int1
 }
 
@@ -277,10 +277,12 @@ pub fn instruction(random: &mut Random, features: &Features, bits: u32) -> (Inst
 pub fn state(random: &mut Random, i: &Instruction, bits: u32) -> State {
     let mut state = State::default();
     let mask = if bits == 64 { u64::MAX } else { 0xffff_ffff };
+    // Where the data lies in its segment.
+    let origin = if bits == 16 { 0 } else { DATA };
     for register in &mut state.gpr {
         *register = random.interesting() & mask;
     }
-    state.gpr[4] = DATA + DATA_LEN / 2 + 8 * random.below(64);
+    state.gpr[4] = origin + DATA_LEN / 2 + 8 * random.below(64);
     state.rflags = random.next() & 0x8d5 | 2;
     if random.below(8) == 0 {
         state.rflags |= 1 << 10;
@@ -293,7 +295,7 @@ pub fn state(random: &mut Random, i: &Instruction, bits: u32) -> State {
     }
     floats(random, &mut state.fpu);
     x87(random, &mut state.fpu);
-    place(random, i, &mut state);
+    place(random, i, &mut state, origin);
     for register in &mut state.gpr {
         *register &= mask;
     }
@@ -373,20 +375,21 @@ fn x87(random: &mut Random, fpu: &mut [u8; 832]) {
 }
 
 /// Sets base, index and string registers so that memory operands lie in the data.
-fn place(random: &mut Random, i: &Instruction, state: &mut State) {
+fn place(random: &mut Random, i: &Instruction, state: &mut State, origin: u64) {
     let wild = random.below(64) == 0;
     for n in 0..i.op_count() {
         match i.op_kind(n) {
-            OpKind::Memory => place_operand(random, i, state, wild),
+            OpKind::Memory => place_operand(random, i, state, origin, wild),
             OpKind::MemorySegRSI | OpKind::MemorySegESI | OpKind::MemorySegSI => {
-                state.gpr[6] = DATA + 0x800 + random.below(DATA_LEN - 0x1000);
+                state.gpr[6] = origin + 0x800 + random.below(DATA_LEN - 0x1000);
             }
             OpKind::MemoryESRDI
             | OpKind::MemoryESEDI
             | OpKind::MemoryESDI
             | OpKind::MemorySegRDI
-            | OpKind::MemorySegEDI => {
-                state.gpr[7] = DATA + 0x800 + random.below(DATA_LEN - 0x1000);
+            | OpKind::MemorySegEDI
+            | OpKind::MemorySegDI => {
+                state.gpr[7] = origin + 0x800 + random.below(DATA_LEN - 0x1000);
             }
             _ => {}
         }
@@ -396,7 +399,7 @@ fn place(random: &mut Random, i: &Instruction, state: &mut State) {
     }
 }
 
-fn place_operand(random: &mut Random, i: &Instruction, state: &mut State, wild: bool) {
+fn place_operand(random: &mut Random, i: &Instruction, state: &mut State, origin: u64, wild: bool) {
     let (base, index) = (i.memory_base(), i.memory_index());
     if i.is_vsib() {
         // Indices are vectors: small ones, so that most elements lie in the data.
@@ -415,8 +418,8 @@ fn place_operand(random: &mut Random, i: &Instruction, state: &mut State, wild: 
     if base == Register::None || base == Register::RIP || base == Register::EIP {
         return;
     }
-    if base.size() == 2 {
-        // 16-bit addresses reach no data: they fault alike.
+    if base.size() == 2 && origin != 0 {
+        // 16-bit addresses reach no data of flat segments: they fault alike.
         return;
     }
     let aligned = if random.below(4) == 0 {
@@ -424,15 +427,15 @@ fn place_operand(random: &mut Random, i: &Instruction, state: &mut State, wild: 
     } else {
         32 * random.below(4)
     };
-    let mut target = DATA + 0x400 + aligned + 64 * random.below(16);
+    let mut target = origin + 0x400 + aligned + 64 * random.below(16);
     if random.below(16) == 0 {
         // Around the page boundary.
-        target = DATA + 0x1000 - random.below(40);
+        target = origin + 0x1000 - random.below(40);
     }
     if wild {
         target = match random.below(3) {
             0 => random.next(),
-            1 => DATA + DATA_LEN - random.below(16),
+            1 => origin + DATA_LEN - random.below(16),
             _ => 0x8000_0000_0000_0000 | random.next(),
         };
     }

@@ -5,6 +5,7 @@
 
 use super::{State, segments};
 use std::cell::{Cell, RefCell};
+use std::sync::Once;
 
 /// How the instruction ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +61,9 @@ const GREGS: [i32; 16] = [
 /// Bytes of the XSAVE image that are compared and replaced: legacy region, header, AVX.
 const FPU: usize = 832;
 
+/// Gives this thread a stack for signals and, once, the process its handler.
 pub fn install() {
+    static HANDLERS: Once = Once::new();
     // SAFETY: plain signal set-up; the alternate stack is leaked and lives on.
     unsafe {
         let stack = Box::leak(vec![0u8; 1 << 18].into_boxed_slice());
@@ -70,21 +73,27 @@ pub fn install() {
             ss_size: stack.len(),
         };
         assert_eq!(libc::sigaltstack(&alternate, std::ptr::null_mut()), 0);
-        for signal in SIGNALS.into_iter().chain([libc::SIGUSR1]) {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = handler as *const () as usize;
-            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
-            let mut previous: libc::sigaction = std::mem::zeroed();
-            assert_eq!(libc::sigaction(signal, &action, &mut previous), 0);
-            PREVIOUS[signal as usize] = Some(previous);
-        }
     }
+    HANDLERS.call_once(|| {
+        for signal in SIGNALS.into_iter().chain([libc::SIGUSR1]) {
+            // SAFETY: the structures are valid for the call; what was there before is kept for
+            // the handler, which cannot run for this signal yet.
+            unsafe {
+                let mut action: libc::sigaction = std::mem::zeroed();
+                action.sa_sigaction = handler as *const () as usize;
+                action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+                let mut previous: libc::sigaction = std::mem::zeroed();
+                assert_eq!(libc::sigaction(signal, &action, &mut previous), 0);
+                PREVIOUS[signal as usize] = Some(previous);
+            }
+        }
+    });
 }
 
 /// Runs the instruction at `state.rip` (with INT3 behind it) natively.
 pub fn run(state: &State) -> (State, Trap) {
     WANTED.set(Some(state.clone()));
-    segments::load_data_segments();
+    segments::load_data_segments(state.ds);
     // SAFETY: delivered to this thread at once; the handler switches contexts and back.
     unsafe { libc::raise(libc::SIGUSR1) };
     RESULT

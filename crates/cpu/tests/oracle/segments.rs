@@ -1,7 +1,7 @@
 //! Segment descriptors as the host's user programs have them, and the same in the guest.
 
 use crate::guest::Guest;
-use crate::{CODE, DATA};
+use crate::{CODE, DATA, DATA_LEN, State};
 use arch::segment::{AccessRights, DescriptorTable, Segment};
 use eptide_cpu::CpuState;
 use std::arch::asm;
@@ -10,6 +10,10 @@ use std::arch::asm;
 pub const CODE_32: u16 = 0x23;
 pub const FLAT_DATA: u16 = 0x2b;
 pub const CODE_64: u16 = 0x33;
+
+/// Segments of 16-bit programs: the code page, and the data.
+pub const CODE_16: u16 = 10 << 3 | 7;
+pub const DATA_16: u16 = 11 << 3 | 7;
 
 /// Linear address of the guest's tables.
 pub const TABLES: u64 = 0x3000_8000;
@@ -59,7 +63,9 @@ const LOCAL_CODE: Local = Local {
     ..PLAIN
 };
 
-const LOCALS: [Local; 10] = [
+pub const LOCAL_COUNT: usize = 12;
+
+const LOCALS: [Local; LOCAL_COUNT] = [
     Local {
         base: 0,
         limit: 0xf_ffff,
@@ -99,6 +105,15 @@ const LOCALS: [Local; 10] = [
     },
     Local {
         wide: false,
+        ..PLAIN
+    },
+    Local {
+        wide: false,
+        ..LOCAL_CODE
+    },
+    Local {
+        wide: false,
+        limit: DATA_LEN as u32 - 1,
         ..PLAIN
     },
 ];
@@ -164,10 +179,10 @@ pub fn install_on_host() -> bool {
 
 /// Sets the guest's segment registers as [`load_data_segments`] and a signal's return do on the
 /// host.
-pub fn load(state: &mut CpuState, cs: u16, ss: u16) {
-    state.segments = [segment(FLAT_DATA); 6];
-    state.segments[1] = segment(cs);
-    state.segments[2] = segment(ss);
+pub fn load(state: &mut CpuState, wanted: &State) {
+    state.segments = [segment(wanted.ds); 6];
+    state.segments[1] = segment(wanted.cs);
+    state.segments[2] = segment(wanted.ss);
     for n in [4, 5] {
         state.segments[n] = Segment::UNUSABLE;
     }
@@ -182,17 +197,17 @@ fn segment(selector: u16) -> Segment {
     Segment::from_descriptor(descriptor, selector)
 }
 
-/// Loads flat data segments into DS and ES of this thread, and null into GS. 64-bit code does not
+/// Loads a data segment into DS and ES of this thread, and null into GS. 64-bit code does not
 /// notice.
-pub fn load_data_segments() {
+pub fn load_data_segments(selector: u16) {
     // SAFETY: 64-bit code uses neither the bases nor the limits of DS and ES, and user programs on
     // Linux do not use GS.
     unsafe {
         asm!(
-            "mov ds, {flat:e}",
-            "mov es, {flat:e}",
+            "mov ds, {data:e}",
+            "mov es, {data:e}",
             "mov gs, {null:e}",
-            flat = in(reg) u32::from(FLAT_DATA),
+            data = in(reg) u32::from(selector),
             null = in(reg) 0,
             options(nostack, preserves_flags)
         );

@@ -2,7 +2,7 @@
 
 use crate::generate::{self, Random};
 use crate::native::Trap;
-use crate::segments::{CODE_32, CODE_64, FLAT_DATA};
+use crate::segments::{CODE_32, CODE_64, FLAT_DATA, LOCAL_COUNT};
 use crate::{BREAKPOINT, CODE, DATA, DATA_LEN, State, first_difference, random_data};
 use iced_x86::Instruction;
 use iced_x86::code_asm::*;
@@ -201,7 +201,7 @@ fn selector(random: &mut Random, has_ldt: bool) -> u16 {
         4 => (random.below(15) << 3 | random.below(4)) as u16,
         // Beyond its end.
         5 => (0x80 + 8 * random.below(100)) as u16,
-        _ if has_ldt => (random.below(12) << 3 | 7) as u16,
+        _ if has_ldt => (random.below(LOCAL_COUNT as u64 + 2) << 3 | 7) as u16,
         _ => FLAT_DATA,
     }
 }
