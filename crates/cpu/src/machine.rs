@@ -92,6 +92,12 @@ impl Attention {
         self.in_guest.store(true, Ordering::SeqCst);
     }
 
+    /// Like [`Attention::enter_guest`], with the fence left to the caller: any locked instruction
+    /// is one on x86.
+    pub(crate) fn announce(&self) {
+        self.in_guest.store(true, Ordering::Relaxed);
+    }
+
     /// The processor executes nothing until it says so. Its stores come before this.
     pub(crate) fn leave_guest(&self) {
         self.in_guest.store(false, Ordering::Release);

@@ -522,8 +522,12 @@ impl Vcpu {
         } else {
             access
         };
-        let space = self.space();
-        let number = self.tlb.number(&space);
+        // Contexts are kept current: the space of fetches is that of all accesses.
+        let number = self.fetch_context >> 2;
+        if cfg!(debug_assertions) {
+            let space = self.space();
+            assert_eq!(number << 2, self.tlb.space_bits(&space));
+        }
         let mut tables = CachedTables {
             tables: &mut self.second_stage,
             tag: self.tlb.walks.tag(number),

@@ -163,19 +163,14 @@ impl Tlb {
     /// The part of the context bits that says which space; the rest is the class.
     #[inline]
     pub(crate) fn space_bits(&mut self, space: &Space) -> u64 {
-        self.number(space) << 2
-    }
-
-    /// The number of `space`, which stands for it until it is dropped.
-    #[inline]
-    pub(crate) fn number(&mut self, space: &Space) -> u64 {
         match self.spaces.front() {
-            Some((last, number)) if last == space => (*number).into(),
-            _ => self.find_number(*space),
+            Some((last, number)) if last == space => u64::from(*number) << 2,
+            _ => self.number(*space) << 2,
         }
     }
 
-    fn find_number(&mut self, space: Space) -> u64 {
+    /// The number of `space`, which stands for it until it is dropped.
+    fn number(&mut self, space: Space) -> u64 {
         if let Some(at) = self.spaces.iter().position(|(s, _)| *s == space) {
             if let Some(found) = self.spaces.remove(at) {
                 self.spaces.push_front(found);

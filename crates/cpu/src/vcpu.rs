@@ -357,6 +357,15 @@ impl Vcpu {
         }
     }
 
+    /// Goes into guest mode ahead of the next entry or emulation, which is then spared a fence: the
+    /// caller makes a sequentially consistent read-modify-write in between.
+    pub fn announce(&mut self) {
+        if !self.in_guest {
+            self.in_guest = true;
+            self.attention.announce();
+        }
+    }
+
     /// Leaves guest mode until the next entry or emulation.
     ///
     /// An exit alone does not leave it, since the next entry usually follows at once: other

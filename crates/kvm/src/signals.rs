@@ -30,7 +30,7 @@
 use crate::mailbox::{Mailbox, Request};
 use std::cell::Cell;
 use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, compiler_fence};
 use std::sync::{Mutex, PoisonError};
 
 type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
@@ -161,9 +161,11 @@ impl Drop for Run<'_> {
         THREAD.with(|thread| {
             thread.mailbox.set(self.outer);
             // Gates now run handlers at once; what is there is all there will be.
-            let taken = thread.taken.swap(0, Ordering::Relaxed);
+            compiler_fence(Ordering::SeqCst);
+            let taken = thread.taken.load(Ordering::Relaxed);
             let before = self.before.take();
             if taken != 0 {
+                thread.taken.store(0, Ordering::Relaxed);
                 handle(thread, taken.min(NOTED), before);
             } else if let Some(before) = before {
                 change_mask(libc::SIG_SETMASK, before);

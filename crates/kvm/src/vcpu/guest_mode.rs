@@ -109,6 +109,8 @@ impl Core {
     /// Goes through the MMU's gate into guest mode; false if a flush came first, which has been
     /// made.
     fn pass_gate(&mut self) -> bool {
+        // The gate's exchange is the fence for both.
+        self.cpu.announce();
         match self.mmu.gate().enter() {
             Entry::Ready => {
                 self.in_guest_mode = true;
