@@ -14,7 +14,8 @@ use arch::paging::{
     TableMemory, Translation,
 };
 use arch::segment::SegmentName;
-use mmu::{AddressSpace, HostAccess, Mmu};
+use mmu::{AccessError, AddressSpace, HostAccess, Mmu};
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// The guest's tables.
@@ -199,18 +200,28 @@ impl Core {
         bytes: &mut [u8],
         access: Access,
     ) -> Result<(), LinearError> {
+        let space = self.mmu.address_space();
+        self.by_page(vcpu, gva, bytes.len(), access, |mmu, gpa, part| {
+            mmu.read_guest(space, gpa, &mut bytes[part])
+        })
+    }
+
+    /// Does something to each page's part of linear memory, in order, with its physical address.
+    fn by_page(
+        &self,
+        vcpu: &Vcpu,
+        gva: u64,
+        length: usize,
+        access: Access,
+        mut then: impl FnMut(&Mmu, Gpa, Range<usize>) -> Result<(), AccessError>,
+    ) -> Result<(), LinearError> {
         let mut done = 0;
-        while done < bytes.len() {
+        while done < length {
             let at = gva.wrapping_add(done as u64);
-            let part = page_part(at, bytes.len() - done);
+            let part = done..done + page_part(at, length - done);
+            done = part.end;
             let gpa = self.linear_to_physical(vcpu, at, access)?;
-            let space = self.mmu.address_space();
-            let read = vcpu
-                .vm()
-                .mmu
-                .read_guest(space, gpa, &mut bytes[done..done + part]);
-            read.map_err(|_| LinearError::NoMemory)?;
-            done += part;
+            then(&vcpu.vm().mmu, gpa, part).map_err(|_| LinearError::NoMemory)?;
         }
         Ok(())
     }
@@ -242,13 +253,7 @@ impl Core {
         length: usize,
         access: Access,
     ) -> Result<(), LinearError> {
-        let mut done = 0;
-        while done < length {
-            let at = gva.wrapping_add(done as u64);
-            self.linear_to_physical(vcpu, at, access)?;
-            done += page_part(at, length - done);
-        }
-        Ok(())
+        self.by_page(vcpu, gva, length, access, |_, _, _| Ok(()))
     }
 
     /// Writes linear memory for the current instruction.
@@ -278,20 +283,10 @@ impl Core {
         bytes: &[u8],
         access: Access,
     ) -> Result<(), LinearError> {
-        let mut done = 0;
-        while done < bytes.len() {
-            let at = gva.wrapping_add(done as u64);
-            let part = page_part(at, bytes.len() - done);
-            let gpa = self.linear_to_physical(vcpu, at, access)?;
-            let space = self.mmu.address_space();
-            let written = vcpu
-                .vm()
-                .mmu
-                .write_guest(space, gpa, &bytes[done..done + part]);
-            written.map_err(|_| LinearError::NoMemory)?;
-            done += part;
-        }
-        Ok(())
+        let space = self.mmu.address_space();
+        self.by_page(vcpu, gva, bytes.len(), access, |mmu, gpa, part| {
+            mmu.write_guest(space, gpa, &bytes[part])
+        })
     }
 
     /// The bytes at RIP that can be read, at most 15.

@@ -147,6 +147,8 @@ const USED: &[(Kind, &[&str])] = &[
             "KVM_X86_SET_MSR_FILTER",
             "KVM_GET_STATS_FD",
             "KVM_REINJECT_CONTROL",
+            "KVM_SET_NR_MMU_PAGES",
+            "KVM_GET_NR_MMU_PAGES",
             "KVM_SET_BOOT_CPU_ID",
         ],
     ),

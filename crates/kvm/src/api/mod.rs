@@ -4,15 +4,15 @@
 //! the same name does. What is Eptide's own says so.
 
 mod cap;
+mod exit;
 mod system;
 mod vcpu;
 mod vm;
 
 pub use cap::Cap;
+pub use exit::{HypercallExit, MsrExitReason, ReadMsrExit, VcpuExit, WriteMsrExit};
 pub use system::{Kvm, Options};
-pub use vcpu::{
-    HypercallExit, Interrupter, MsrExitReason, ReadMsrExit, SyncReg, VcpuExit, VcpuFd, WriteMsrExit,
-};
+pub use vcpu::{Interrupter, SyncReg, VcpuFd};
 pub use vm::{
     IoEventAddress, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, NoDatamatch, VmFd,
 };
