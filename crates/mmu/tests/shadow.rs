@@ -462,6 +462,33 @@ fn large_pages_stay_large_where_the_slot_allows() {
 }
 
 #[test]
+fn a_block_is_mapped_small_while_it_holds_tables() {
+    let (ram, mmu, mut cpu) = flat(shadow_config());
+    const BLOCK: u64 = 0x20_0000;
+    let tables = [BLOCK, BLOCK + 0x1000, BLOCK + 0x2000];
+    ram.word(ROOT).store(tables[0] | 0x67, SeqCst);
+    ram.word(tables[0]).store(tables[1] | 0x67, SeqCst);
+    ram.word(tables[1]).store(tables[2] | 0x67, SeqCst);
+    ram.word(tables[2]).store(PAGE | 0x67, SeqCst);
+    let inside = |n: u64| IDENTITY | BLOCK | n << 12;
+    let reach = |cpu: &mut Cpu, n| {
+        let found = cpu.access(inside(n), Access::WRITE);
+        assert_eq!(found, Outcome::Memory(BLOCK | n << 12));
+        (cpu.mmu.stats().mapped_2m, cpu.mmu.stats().mapped_4k)
+    };
+    assert_eq!(reach(&mut cpu, 0x20), (1, 0));
+    // Three tables come into use, and split the page.
+    assert_eq!(cpu.access(8, Access::empty()), Outcome::Memory(PAGE + 8));
+    assert_eq!(reach(&mut cpu, 0x20), (1, 2));
+    for (n, table) in tables.into_iter().enumerate() {
+        assert_eq!(reach(&mut cpu, 0x30 + 0x10 * n as u64).0, 1);
+        mmu.unprotect_shadow(NORMAL, Gpa::new(table).gfn());
+    }
+    // The last is out of use.
+    assert_eq!(reach(&mut cpu, 0x60).0, 2);
+}
+
+#[test]
 fn a_table_that_is_led_to_again_is_up_to_date() {
     let (ram, mmu, mut cpu) = flat(shadow_config());
     ram.word(ROOT).store(table(0) | 0x67, SeqCst);
