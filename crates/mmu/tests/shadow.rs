@@ -155,17 +155,19 @@ impl Cpu {
 
     /// A guest store of a word by linear address, emulated where the page is protected.
     fn store(&mut self, gva: u64, value: u64) -> Outcome {
+        self.store_bytes(gva, &value.to_le_bytes())
+    }
+
+    /// Likewise, of four or eight bytes.
+    fn store_bytes(&mut self, gva: u64, bytes: &[u8]) -> Outcome {
         let before = self.emulated;
         let outcome = self.access_with(gva, Access::WRITE, |hva| {
+            let at = std::ptr::with_exposed_provenance_mut::<u8>(hva as usize);
             // SAFETY: an address that the tables gave, in guest mode.
-            unsafe {
-                &*std::ptr::with_exposed_provenance::<std::sync::atomic::AtomicU64>(hva as usize)
-            }
-            .store(value, SeqCst);
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at, bytes.len()) };
         });
         if let (Outcome::Memory(gpa), true) = (outcome, self.emulated > before) {
-            let bytes = value.to_le_bytes();
-            self.mmu.write_guest(NORMAL, Gpa::new(gpa), &bytes).unwrap();
+            self.mmu.write_guest(NORMAL, Gpa::new(gpa), bytes).unwrap();
         }
         outcome
     }
@@ -299,8 +301,6 @@ impl Random {
 
 const IDENTITY: u64 = 1 << 39;
 
-/// Tables of a 4-level guest: PML4 at ROOT; entry 1 of it maps all of RAM with 2 MiB pages, entry 0
-/// leads to `TABLES` tables on three levels that the guest edits.
 const TABLES: u64 = 6;
 const FIRST_TABLE: u64 = 0x10_0000;
 
@@ -309,17 +309,116 @@ fn table(n: u64) -> u64 {
 }
 
 fn editor(id: u32, mmu: &Arc<Mmu>, ram: &Arc<Ram>) -> Cpu {
-    let mut cpu = Cpu::new(
-        mmu,
-        ram,
-        id,
-        Format::Four.controls(0b01_0001, PHYSICAL_BITS),
-        ROOT,
-    );
+    let controls = Format::Four.controls(0b01_0001, PHYSICAL_BITS);
+    let mut cpu = Cpu::new(mmu, ram, id, controls, ROOT);
     cpu.root.pdptes = [0; 4];
     cpu
 }
 
+/// A guest that edits some entries of its tables on two or three levels, which lead to each other and
+/// to pages. It reaches the tables by large pages that map all of RAM elsewhere.
+#[derive(Clone, Copy, Debug)]
+struct Edited(Format);
+
+impl Edited {
+    fn controls(self) -> GuestControls {
+        // WP, PSE; NXE where the format has it.
+        let bits = match self.0 {
+            Format::Legacy => 0b10_0001,
+            _ => 0b01_0001,
+        };
+        self.0.controls(bits, PHYSICAL_BITS)
+    }
+
+    /// Where RAM is mapped.
+    fn identity(self) -> u64 {
+        match self.0 {
+            Format::Legacy | Format::Pae => 0x2000_0000,
+            _ => IDENTITY,
+        }
+    }
+
+    /// The level of the uppermost table that is edited.
+    fn top(self) -> u32 {
+        match self.0 {
+            Format::Legacy | Format::Pae => 2,
+            _ => 3,
+        }
+    }
+
+    /// Where a table is, and its level: one at the top, then directories, then last-level tables.
+    fn table(self, n: u64) -> (u64, u32) {
+        match (self.top(), n) {
+            (2, 0) => (ROOT, 2),
+            (3, 0) => (table(0), 3),
+            (3, 1 | 2) => (table(n), 2),
+            _ => (table(n), 1),
+        }
+    }
+
+    /// A table at a level.
+    fn some_table(self, level: u32, random: &mut Random) -> u64 {
+        let all: Vec<_> = (0..TABLES)
+            .map(|n| self.table(n))
+            .filter(|&(_, at_level)| at_level == level)
+            .collect();
+        all[random.below(all.len() as u64) as usize].0
+    }
+
+    /// The entries that are edited; in both halves of a table of four-byte entries.
+    fn index(self, level: u32, n: u64) -> u64 {
+        match (self.0, level) {
+            (Format::Legacy, 1) => [0, 1, 511, 512][n as usize],
+            _ => n,
+        }
+    }
+
+    fn entry(self, table: u64, level: u32, n: u64) -> u64 {
+        table + self.index(level, n) * self.0.size()
+    }
+
+    /// The `n`-th of 64 pages, each more than once where there are fewer.
+    fn linear(self, n: u64) -> u64 {
+        let bits = self.0.index_bits();
+        let shift = |level: u32| 12 + bits * (level - 1);
+        (1..=self.top())
+            .map(|level| self.index(level, n >> (2 * (level - 1)) & 3) << shift(level))
+            .sum()
+    }
+
+    fn prepare(self, ram: &Ram) {
+        let all = x86::PRESENT | x86::WRITABLE | x86::ACCESSED | x86::DIRTY;
+        match self.0 {
+            Format::Legacy => {
+                for n in (0..RAM >> 22).step_by(2) {
+                    let page = |n: u64| n << 22 | all | x86::PAGE_SIZE;
+                    let at = ROOT + 4 * ((self.identity() >> 22) + n);
+                    ram.word(at).store(page(n) | page(n + 1) << 32, SeqCst);
+                }
+            }
+            Format::Pae => {
+                for n in 0..RAM >> 21 {
+                    let at = ROOT + 8 * ((self.identity() >> 21) + n);
+                    ram.word(at).store(n << 21 | all | x86::PAGE_SIZE, SeqCst);
+                }
+            }
+            _ => {
+                identity(ram);
+                ram.word(ROOT).store(table(0) | 0x67, SeqCst);
+            }
+        }
+    }
+
+    fn read(self, ram: &Ram, at: u64) -> u64 {
+        let word = ram.word(at & !7).load(SeqCst);
+        match self.0.size() {
+            4 => word >> (8 * (at & 4)) & 0xffff_ffff,
+            _ => word,
+        }
+    }
+}
+
+/// Tables of a 4-level guest: entry 1 of its PML4 maps all of RAM with 2 MiB pages.
 fn identity(ram: &Ram) {
     let all = x86::PRESENT | x86::WRITABLE | x86::ACCESSED | x86::DIRTY;
     ram.word(ROOT + 8).store(0xa_0000 | all, SeqCst);
@@ -330,46 +429,47 @@ fn identity(ram: &Ram) {
     }
 }
 
-fn edit(seed: u64, steps: u32, vcpus: u32, config: Config) {
+/// Runs the guest; the number of shadow pages that went on the way.
+fn edit(format: Format, seed: u64, steps: u32, vcpus: u32, config: Config) -> u64 {
+    let edited = Edited(format);
     let ram = Arc::new(Ram::new(RAM));
     let mmu = mmu(config);
     mmu.set_memory_region(&region(0, 0, RAM, ram.hva()))
         .unwrap();
-    identity(&ram);
-    ram.word(ROOT).store(table(0) | 0x67, SeqCst);
-    let mut cpus: Vec<_> = (0..vcpus).map(|id| editor(id, &mmu, &ram)).collect();
+    edited.prepare(&ram);
+    let new = |id| Cpu::new(&mmu, &ram, id, edited.controls(), ROOT);
+    let mut cpus: Vec<_> = (0..vcpus).map(new).collect();
     let mut random = Random(seed);
-    // Table 0 holds PDPTEs, 1 and 2 PDEs, the others PTEs.
-    let kinds = [3_u64, 2, 2, 1, 1, 1];
     for step in 0..steps {
         let cpu = &mut cpus[random.below(vcpus.into()) as usize];
         match random.below(8) {
             0..4 => {
-                let n = random.below(TABLES);
-                let target = match kinds[n as usize] {
-                    3 => table(1 + random.below(2)),
-                    2 => table(3 + random.below(3)),
-                    // A page, or a table as a page.
-                    _ if random.below(4) == 0 => table(random.below(TABLES)),
-                    _ => PAGE + random.below(64) * PAGE_SIZE,
+                let (at, level) = edited.table(random.below(TABLES));
+                let target = match level {
+                    1 if random.below(4) == 0 => edited.table(random.below(TABLES)).0,
+                    1 => PAGE + random.below(64) * PAGE_SIZE,
+                    _ => edited.some_table(level - 1, &mut random),
                 };
                 let flags = [7, 7, 0x67, 5, 3, 1, 0, 0x27][random.below(8) as usize];
-                let gva = IDENTITY | (table(n) + 8 * random.below(4));
-                let outcome = cpu.store(gva, target | flags);
-                assert_eq!(outcome, Outcome::Memory(gva & !IDENTITY), "step {step}");
+                let at = edited.entry(at, level, random.below(4));
+                let bytes = (target | flags).to_le_bytes();
+                let bytes = &bytes[..format.size() as usize];
+                let outcome = cpu.store_bytes(edited.identity() | at, bytes);
+                assert_eq!(outcome, Outcome::Memory(at), "step {step}");
                 // Proper invalidation on every processor.
                 for cpu in &mut cpus {
-                    if random.below(2) == 0 || kinds[n as usize] > 1 {
+                    if random.below(2) == 0 || level > 1 {
                         cpu.mmu.sync_shadow();
                     } else {
-                        for page in linear_pages() {
-                            cpu.mmu.invalidate_linear(&mut cpu.vcpu, Gva::new(page));
+                        for n in 0..64 {
+                            let gva = Gva::new(edited.linear(n));
+                            cpu.mmu.invalidate_linear(&mut cpu.vcpu, gva);
                         }
                     }
                 }
             }
             _ => {
-                let gva = linear_pages().nth(random.below(64) as usize).unwrap();
+                let gva = edited.linear(random.below(64));
                 let access = [
                     Access::empty(),
                     Access::WRITE,
@@ -379,12 +479,15 @@ fn edit(seed: u64, steps: u32, vcpus: u32, config: Config) {
                 // Each entry that the walk reads.
                 let mut memory = Memory::new();
                 for n in 0..TABLES {
-                    for index in 0..8 {
-                        let at = table(n) + 8 * index;
-                        memory.insert(at, ram.word(at).load(SeqCst));
+                    let (at, level) = edited.table(n);
+                    for n in 0..4 {
+                        let at = edited.entry(at, level, n);
+                        memory.insert(at, edited.read(&ram, at));
                     }
                 }
-                memory.insert(ROOT, ram.word(ROOT).load(SeqCst));
+                if format.levels() > 3 {
+                    memory.insert(ROOT, edited.read(&ram, ROOT));
+                }
                 let expected = naive::translate(
                     &mut memory,
                     &cpu.controls,
@@ -400,7 +503,7 @@ fn edit(seed: u64, steps: u32, vcpus: u32, config: Config) {
                 let found = cpu.access(gva, access);
                 assert_eq!(found, expected, "step {step}: {gva:#x} {access:?}");
                 for (&at, &value) in &memory {
-                    let now = ram.word(at).load(SeqCst);
+                    let now = edited.read(&ram, at);
                     assert_eq!(now, value, "step {step}: entry at {at:#x}");
                 }
             }
@@ -408,19 +511,20 @@ fn edit(seed: u64, steps: u32, vcpus: u32, config: Config) {
     }
     let stats = mmu.stats();
     assert!(stats.unsynced > 0 && stats.synced > 0, "{stats:?}");
-    assert!(cpus.iter().any(|cpu| cpu.emulated > 0) && stats.shadow_zapped > 0);
-}
-
-/// The pages that the first four entries of each level lead to.
-fn linear_pages() -> impl Iterator<Item = u64> {
-    (0..64_u64).map(|n| (n & 3) << 12 | (n >> 2 & 3) << 21 | (n >> 4 & 3) << 30)
+    let has_zapped = stats.shadow_zapped > 0 || edited.top() == 2;
+    assert!(cpus.iter().any(|cpu| cpu.emulated > 0) && has_zapped);
+    stats.shadow_zapped
 }
 
 #[test]
 fn a_guest_that_edits_its_tables_sees_them() {
-    for seed in 0..20 {
-        edit(seed, 2000, 1, shadow_config());
-        edit(seed, 2000, 3, shadow_config());
+    for format in [Format::Legacy, Format::Pae, Format::Four] {
+        let mut zapped = 0;
+        for seed in 0..20 {
+            zapped += edit(format, seed, 2000, 1, shadow_config());
+            zapped += edit(format, seed, 2000, 3, shadow_config());
+        }
+        assert!(zapped > 20, "{format:?}: {zapped}");
     }
 }
 
@@ -430,8 +534,10 @@ fn a_guest_with_more_tables_than_the_limit_sees_them() {
         max_table_pages: 40,
         ..shadow_config()
     };
-    for seed in 0..10 {
-        edit(seed, 2000, 2, config);
+    for format in [Format::Legacy, Format::Pae, Format::Four] {
+        for seed in 0..10 {
+            edit(format, seed, 2000, 2, config);
+        }
     }
 }
 
