@@ -43,6 +43,16 @@ pub enum Gpr {
     R15,
 }
 
+impl Gpr {
+    /// Every register, by encoding.
+    pub const ALL: [Gpr; 16] = {
+        use Gpr::*;
+        [
+            Rax, Rcx, Rdx, Rbx, Rsp, Rbp, Rsi, Rdi, R8, R9, R10, R11, R12, R13, R14, R15,
+        ]
+    };
+}
+
 /// Bytes of the extended-state area: legacy region, header, and the components this processor
 /// can offer in the *standard* (non-compacted) format of the host.
 pub const XSAVE_AREA: usize = 4096;

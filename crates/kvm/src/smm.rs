@@ -18,8 +18,9 @@ use arch::cpuid::Feature;
 use arch::exit::VmExit;
 use arch::msr;
 use arch::segment::{AccessRights, DescriptorTable, Segment, SegmentName};
-use area::{Area, GENERAL, Image, Layout, SEGMENTS};
+use area::{Area, Image, Layout};
 use cpu::Flush;
+use cpu::Gpr;
 use mmu::AddressSpace;
 
 /// What is left to do about SMIs.
@@ -104,7 +105,7 @@ impl Core {
     fn image(&self) -> Image {
         let state = &self.cpu.state;
         Image {
-            general: std::array::from_fn(|i| state.gpr(GENERAL[i])),
+            general: std::array::from_fn(|i| state.gpr(Gpr::ALL[i])),
             rip: state.rip,
             rflags: state.rflags(),
             cr0: state.cr0.bits(),
@@ -113,7 +114,7 @@ impl Core {
             efer: state.efer.bits(),
             dr6: state.dr6.bits(),
             dr7: state.dr7.bits(),
-            segments: SEGMENTS.map(|name| state.segments[name as usize]),
+            segments: SegmentName::ALL.map(|name| state.segments[name as usize]),
             ldtr: state.ldtr,
             tr: state.tr,
             gdtr: state.gdtr,
@@ -147,7 +148,7 @@ impl Core {
             return false;
         }
         let state = &mut self.cpu.state;
-        for (register, value) in GENERAL.into_iter().zip(image.general) {
+        for (register, value) in Gpr::ALL.into_iter().zip(image.general) {
             state.set_gpr(register, value);
         }
         state.rip = image.rip;
@@ -155,7 +156,7 @@ impl Core {
         state.dr6 = Dr6::from_bits_retain(image.dr6 & Dr6::VOLATILE | Dr6::FIXED_1);
         state.dr7 = Dr7::from_bits_retain(image.dr7 & 0xffff_ffff | Dr7::FIXED_1);
         state.smbase = image.smbase;
-        for (name, segment) in SEGMENTS.into_iter().zip(image.segments) {
+        for (name, segment) in SegmentName::ALL.into_iter().zip(image.segments) {
             state.segments[name as usize] = segment;
         }
         (state.ldtr, state.tr) = (image.ldtr, image.tr);

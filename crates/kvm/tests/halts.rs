@@ -10,6 +10,19 @@ use std::time::Duration;
 /// KVM_HC_KICK_CPU.
 const KICK_CPU: u64 = 5;
 
+/// KVM_RUN sleeps in the guest's halt until another thread interrupts it.
+fn sleeps_until_interrupted(machine: &mut Machine) {
+    let interrupter = machine.vcpus[0].interrupter();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            std::thread::sleep(Duration::from_millis(30));
+            interrupter.interrupt();
+        });
+        let end = machine.vcpu().run().map(|exit| format!("{exit:?}"));
+        assert_eq!(end.unwrap_err().errno(), libc::EINTR);
+    });
+}
+
 /// A waiter for a lock looks at the lock, then halts with interrupts off; the kick of the owner may
 /// come in between.
 #[test]
@@ -102,15 +115,7 @@ fn a_halt_without_exit_ends_by_a_timer() {
     });
     runs_to_stop(&mut machine);
     assert_eq!(machine.memory.read_u64(0x5000), 1);
-    let interrupter = machine.vcpus[0].interrupter();
-    std::thread::scope(|scope| {
-        scope.spawn(move || {
-            std::thread::sleep(Duration::from_millis(30));
-            interrupter.interrupt();
-        });
-        let end = machine.vcpu().run().map(|exit| format!("{exit:?}"));
-        assert_eq!(end.unwrap_err().errno(), libc::EINTR);
-    });
+    sleeps_until_interrupted(&mut machine);
     let state = machine.vcpu().get_mp_state().unwrap().mp_state;
     assert_eq!(state, KVM_MP_STATE_RUNNABLE);
 }
@@ -130,15 +135,7 @@ fn a_halt_without_exit_ends_by_an_injected_interrupt() {
         a.inc(dword_ptr(0x5000))?;
         a.iretq()
     });
-    let interrupter = machine.vcpus[0].interrupter();
-    std::thread::scope(|scope| {
-        scope.spawn(move || {
-            std::thread::sleep(Duration::from_millis(30));
-            interrupter.interrupt();
-        });
-        let end = machine.vcpu().run().map(|exit| format!("{exit:?}"));
-        assert_eq!(end.unwrap_err().errno(), libc::EINTR);
-    });
+    sleeps_until_interrupted(&mut machine);
     machine.vcpu().get_kvm_run().request_interrupt_window = 1;
     let exit = machine.vcpu().run().unwrap();
     assert!(matches!(exit, VcpuExit::IrqWindowOpen), "{exit:?}");

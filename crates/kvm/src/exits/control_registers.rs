@@ -13,25 +13,7 @@ use kvm_bindings::KVM_EXIT_SET_TPR;
 
 /// The register with this encoding.
 fn gpr(register: u8) -> Gpr {
-    const ALL: [Gpr; 16] = [
-        Gpr::Rax,
-        Gpr::Rcx,
-        Gpr::Rdx,
-        Gpr::Rbx,
-        Gpr::Rsp,
-        Gpr::Rbp,
-        Gpr::Rsi,
-        Gpr::Rdi,
-        Gpr::R8,
-        Gpr::R9,
-        Gpr::R10,
-        Gpr::R11,
-        Gpr::R12,
-        Gpr::R13,
-        Gpr::R14,
-        Gpr::R15,
-    ];
-    ALL[(register & 15) as usize]
+    Gpr::ALL[(register & 15) as usize]
 }
 
 pub(super) fn cr_access(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {

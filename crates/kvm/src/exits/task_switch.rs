@@ -23,26 +23,6 @@ const BUSY: u32 = 1 << 9;
 const ACCESSED: u32 = 1 << 8;
 /// Selector bit: the descriptor is in the LDT.
 const TABLE_LOCAL: u16 = 4;
-/// The general-purpose registers in the order of a TSS.
-const GENERAL: [Gpr; 8] = [
-    Gpr::Rax,
-    Gpr::Rcx,
-    Gpr::Rdx,
-    Gpr::Rbx,
-    Gpr::Rsp,
-    Gpr::Rbp,
-    Gpr::Rsi,
-    Gpr::Rdi,
-];
-/// The segment registers in the order of a TSS; a 16-bit one ends before FS.
-const SEGMENTS: [SegmentName; 6] = [
-    SegmentName::Es,
-    SegmentName::Cs,
-    SegmentName::Ss,
-    SegmentName::Ds,
-    SegmentName::Fs,
-    SegmentName::Gs,
-];
 
 /// Why a task switch did not come to its end.
 #[derive(Clone, Copy, Debug)]
@@ -379,8 +359,8 @@ impl Switch<'_> {
         Registers {
             ip: self.resume.0,
             flags: self.resume.1,
-            general: GENERAL.map(|register| state.gpr(register) as u32),
-            segments: SEGMENTS.map(|name| state.segments[name as usize].selector),
+            general: std::array::from_fn(|i| state.gpr(Gpr::ALL[i]) as u32),
+            segments: SegmentName::ALL.map(|name| state.segments[name as usize].selector),
         }
     }
 
@@ -402,10 +382,14 @@ impl Switch<'_> {
         }
         state.set_rflags(flags);
         state.rip = new.ip as u64;
-        for (register, value) in GENERAL.into_iter().zip(new.general) {
+        for (register, value) in Gpr::ALL.into_iter().zip(new.general) {
             state.set_gpr(register, value as u64);
         }
-        for (name, selector) in SEGMENTS.into_iter().zip(new.segments).take(format.segments) {
+        for (name, selector) in SegmentName::ALL
+            .into_iter()
+            .zip(new.segments)
+            .take(format.segments)
+        {
             state.segments[name as usize].selector = selector;
         }
         state.ldtr = Segment {
@@ -427,7 +411,7 @@ impl Switch<'_> {
         let new = Registers::from_bytes(&image[format.saved.0..], format);
         self.load_ldt()?;
         if new.flags as u64 & Rflags::VM.bits() != 0 {
-            for (name, selector) in SEGMENTS.into_iter().zip(new.segments) {
+            for (name, selector) in SegmentName::ALL.into_iter().zip(new.segments) {
                 self.core.cpu.state.segments[name as usize] = Segment {
                     access: AccessRights(0xf3),
                     ..Segment::real_mode(selector, false)

@@ -1,7 +1,6 @@
 //! The state-save area of system management mode, in its two layouts.
 
-use arch::segment::{AccessRights, DescriptorTable, Segment, SegmentName};
-use cpu::Gpr;
+use arch::segment::{AccessRights, DescriptorTable, Segment};
 
 /// Bytes of the area.
 const SIZE: usize = 0x200;
@@ -15,39 +14,10 @@ pub(super) enum Layout {
     Legacy,
 }
 
-/// The general-purpose registers in the order of [`Image::general`].
-pub(super) const GENERAL: [Gpr; 16] = [
-    Gpr::Rax,
-    Gpr::Rcx,
-    Gpr::Rdx,
-    Gpr::Rbx,
-    Gpr::Rsp,
-    Gpr::Rbp,
-    Gpr::Rsi,
-    Gpr::Rdi,
-    Gpr::R8,
-    Gpr::R9,
-    Gpr::R10,
-    Gpr::R11,
-    Gpr::R12,
-    Gpr::R13,
-    Gpr::R14,
-    Gpr::R15,
-];
-
-/// The segment registers in the order of [`Image::segments`].
-pub(super) const SEGMENTS: [SegmentName; 6] = [
-    SegmentName::Es,
-    SegmentName::Cs,
-    SegmentName::Ss,
-    SegmentName::Ds,
-    SegmentName::Fs,
-    SegmentName::Gs,
-];
-
 /// What an area holds, whatever its layout.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Image {
+    /// By encoding.
     pub(super) general: [u64; 16],
     pub(super) rip: u64,
     pub(super) rflags: u64,
@@ -57,6 +27,7 @@ pub(super) struct Image {
     pub(super) efer: u64,
     pub(super) dr6: u64,
     pub(super) dr7: u64,
+    /// By [`SegmentName`](arch::segment::SegmentName).
     pub(super) segments: [Segment; 6],
     pub(super) ldtr: Segment,
     pub(super) tr: Segment,
