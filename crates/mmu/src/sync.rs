@@ -107,6 +107,10 @@ pub enum Mutant {
     NoTableProtection,
     /// Guest entries are not read again under the lock.
     NoSecondRead,
+    /// A part of a large guest page is linked without a second look at the page's entry.
+    NoLookAtLargePage,
+    /// What was derived from an entry goes after the entry is written.
+    WriteFirst,
 }
 
 #[cfg(feature = "model")]

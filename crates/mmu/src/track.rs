@@ -3,7 +3,7 @@
 use crate::memslot::{AddressSpace, Memslot};
 use crate::mmu::{Mmu, Owed};
 use crate::shadow::Lost;
-use crate::sync::{Mutant, is_mutant};
+use crate::sync::{Mutant, is_mutant, point};
 use arch::addr::{Gfn, Gpa};
 use arch::paging::Level;
 use std::ops::Range;
@@ -162,8 +162,17 @@ impl Mmu {
             // What was derived from a table goes before the new entry is there: who sees that, and
             // invalidates the address, must not find the old translation.
             let exclusive = self.exclusive();
-            self.shadow_written(&exclusive, space, gpa, bytes.len());
-            marked()
+            let take_away = || self.shadow_written(&exclusive, space, gpa, bytes.len());
+            if is_mutant(Mutant::WriteFirst) {
+                let is_written = marked();
+                point();
+                take_away();
+                is_written
+            } else {
+                take_away();
+                point();
+                marked()
+            }
         } else {
             // The log is taken under the exclusive lock: it sees the write with its mark.
             let shared = slot.logs_dirty().then(|| self.shared());

@@ -378,6 +378,10 @@ mod shadow {
     const ALL: u64 = 0x67;
     /// Maps page 0 of the table; page 1 of the table is the table itself.
     pub(super) const PAGE_GVA: u64 = 0;
+    /// Where a directory entry maps all of memory by a large page, or leads to the table.
+    const LARGE_GVA: u64 = 0x40_0000;
+    pub(super) const LARGE: u64 = ALL | 1 << 7;
+    pub(super) const SMALL: u64 = TABLE | ALL;
     const TABLE_GVA: u64 = 0x1000;
 
     pub(super) struct Machine {
@@ -393,7 +397,10 @@ mod shadow {
         });
         mmu.set_memory_region(&region(0, 0, 0x10000, ram.hva()))
             .unwrap();
-        ram.word(DIRECTORY).store(TABLE | ALL, Plain::SeqCst);
+        let entries = TABLE | ALL | LARGE << 32;
+        ram.word(DIRECTORY).store(entries, Plain::SeqCst);
+        // Entry 5, for the address that the large page has OLD at.
+        ram.word(TABLE + 16).store((NEW | ALL) << 32, Plain::SeqCst);
         let read_only = TABLE | ALL & !2;
         ram.word(OTHER_DIRECTORY).store(read_only, Plain::SeqCst);
         let entries = OLD | ALL | (TABLE | ALL) << 32;
@@ -415,7 +422,7 @@ mod shadow {
             let guest = GuestMode {
                 controls: GuestControls {
                     cr0: Cr0::PE | Cr0::PG | Cr0::WP,
-                    cr4: Cr4::empty(),
+                    cr4: Cr4::PSE,
                     efer: Efer::empty(),
                     physical_bits: 46,
                     has_1g_pages: false,
@@ -497,6 +504,30 @@ mod shadow {
             });
         }
 
+        /// Reads where a large page is, or a table.
+        pub(super) fn read_large(&mut self) -> u64 {
+            self.access(LARGE_GVA | OLD, Access::empty(), |_| {})
+        }
+
+        /// Whether the directory entry of the large page leads to the table.
+        pub(super) fn sees_small(&self) -> bool {
+            self.machine.ram.word(DIRECTORY).load(Plain::SeqCst) >> 32 == SMALL
+        }
+
+        /// INVLPG.
+        pub(super) fn invalidate_large(&mut self) {
+            let at = Gva::new(LARGE_GVA | OLD);
+            self.machine.mmu.invalidate_linear(&mut self.vcpu, at);
+        }
+
+        /// KVM writes the directory entry of the large page.
+        pub(super) fn write_large(&self, entry: u64) {
+            let bytes = (entry as u32).to_le_bytes();
+            let mmu = &self.machine.mmu;
+            let at = Gpa::new(DIRECTORY + 4);
+            mmu.write_guest(NORMAL, at, &bytes).unwrap();
+        }
+
         /// CR3 is loaded.
         pub(super) fn flush(&self) {
             self.machine.mmu.sync_shadow();
@@ -546,6 +577,48 @@ fn an_unsync_races_with_a_fault() {
         assert_eq!(reader.read(), shadow::NEW);
     }
     check(model, &[Mutant::NoTableProtection]);
+}
+
+/// The guest replaces a large page by a table while another vCPU faults on the page, of which shadow
+/// parts exist.
+#[test]
+fn a_large_page_goes_under_a_fault() {
+    fn model() {
+        let machine = shadow::machine();
+        let writer = shadow::Cpu::new(&machine, 0, false);
+        let mut reader = shadow::Cpu::new(&machine, 1, false);
+        assert_eq!(reader.read_large(), shadow::OLD);
+        // The same entry again: what led to the parts is gone.
+        writer.write_large(shadow::LARGE);
+        let other = thread::spawn(move || writer.write_large(shadow::SMALL));
+        reader.read_large();
+        other.join().unwrap();
+        reader.flush();
+        assert_eq!(reader.read_large(), shadow::NEW);
+    }
+    check(model, &[Mutant::NoLookAtLargePage]);
+}
+
+/// Who has seen an entry that KVM wrote, and invalidates the address, finds no old translation.
+#[test]
+fn an_emulated_write_is_seen_elsewhere() {
+    fn model() {
+        let machine = shadow::machine();
+        let writer = shadow::Cpu::new(&machine, 0, false);
+        let mut reader = shadow::Cpu::new(&machine, 1, false);
+        assert_eq!(reader.read_large(), shadow::OLD);
+        let other = thread::spawn(move || writer.write_large(shadow::SMALL));
+        for _ in 0..8 {
+            if reader.sees_small() {
+                reader.invalidate_large();
+                assert_eq!(reader.read_large(), shadow::NEW);
+                break;
+            }
+            thread::yield_now();
+        }
+        other.join().unwrap();
+    }
+    check(model, &[Mutant::WriteFirst]);
 }
 
 /// The guest changes an entry, and everything is zapped, while another vCPU fills from it.

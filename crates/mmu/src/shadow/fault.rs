@@ -416,6 +416,7 @@ impl Mmu {
                     // larger than ours, the entry is its leaf.
                     let has_changed = match link {
                         Some(link) => link.has_changed(fill.memory),
+                        None if is_mutant(Mutant::NoLookAtLargePage) => false,
                         None => found.has_leaf_changed(fill.memory),
                     };
                     if has_changed {
