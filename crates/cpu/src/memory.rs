@@ -652,6 +652,7 @@ impl Vcpu {
             return self.stop_with(Cause::Exit(exit));
         }
         self.failed_on_access = is_final;
+        self.failed_access = access;
         let mut exit = VmExit::new(ExitReason::EptViolation);
         exit.guest_physical_address = outcome.gpa;
         exit.guest_linear_address = gva;

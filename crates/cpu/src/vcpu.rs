@@ -13,7 +13,7 @@ use arch::controls::Eptp;
 use arch::cpuid::{Feature, Features};
 use arch::exception::Exception;
 use arch::exit::VmExit;
-use arch::paging::{GuestControls, GuestPaging, GuestRoot};
+use arch::paging::{Access, GuestControls, GuestPaging, GuestRoot};
 use arch::segment::{AccessRights, Segment, SegmentName};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -210,6 +210,8 @@ pub struct Vcpu {
     /// The last failure of the second stage was about the access itself, not about a guest
     /// paging-structure entry.
     pub(crate) failed_on_access: bool,
+    /// The access that the second stage failed.
+    pub(crate) failed_access: Access,
     pub(crate) interrupted_read: Option<usize>,
     /// What [`Attention::in_guest`] says, for this thread.
     in_guest: bool,
@@ -292,6 +294,7 @@ impl Vcpu {
             pause_loop: PauseLoop::default(),
             host_fault_gpa: None,
             failed_on_access: false,
+            failed_access: Access::empty(),
             interrupted_read: None,
             in_guest: false,
             is_unchanged: false,
@@ -396,6 +399,12 @@ impl Vcpu {
     /// [`Controls::eptp`], which the next entry takes from there.
     pub fn take_switched_eptp(&mut self) -> Option<Eptp> {
         self.switched_eptp.take()
+    }
+
+    /// After an EPT violation or misconfiguration on a table of the guest's: the access that the
+    /// tables were walked for, of which the exit does not tell.
+    pub fn interrupted_walk(&self) -> Option<Access> {
+        (!self.failed_on_access).then_some(self.failed_access)
     }
 
     /// Whether the page-modification log has entries.

@@ -320,6 +320,9 @@ fn nested_exit(core: &mut Core, vcpu: &Vcpu, exit: &VmExit, observed: bool) -> O
     };
     let gpa = Gpa::new(exit.guest_physical_address);
     match vcpu.vm().mmu.handle_page_fault(&mut core.mmu, gpa, code) {
+        R::Mmio(_) if let Some(access) = core.cpu.interrupted_walk() => {
+            Some(exits::missing_table(core, exit, access))
+        }
         R::Mmio(_) if exit.reason == ExitReason::EptMisconfiguration => {
             Some(emulation_failure(core, vcpu))
         }

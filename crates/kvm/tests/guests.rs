@@ -590,6 +590,63 @@ fn fetches_from_devices_are_emulation_failures() {
     }
 }
 
+/// The walk of a table where there is no memory ends in a page fault.
+#[test]
+fn tables_in_a_hole_are_not_present() {
+    const HOLE: u64 = 0x3000_0000;
+    const ADDRESS: u64 = 0x4000_0128;
+    let code = assemble(|a| {
+        a.mov(rsi, ADDRESS)?;
+        a.xor(edi, edi)?;
+        a.mov(eax, dword_ptr(rsi))?;
+        a.mov(dword_ptr(rsi), eax)?;
+        a.add(dword_ptr(rsi + 0x1000), eax)?;
+        a.mov(eax, dword_ptr(rsi))?;
+        a.jmp(rsi)
+    });
+    let mut machine = Machine::new(Irqchip::None, 1, &code);
+    // The directory entry of the address leads to a table in the hole.
+    machine.memory.write_u64(0x1_3000, HOLE | 7);
+    machine.gate(14, 0x2000);
+    // Notes error code and address, and goes on behind the instruction, whose length follows from
+    // its first byte, until it was a fetch.
+    machine.code_at(0x2000, |a| {
+        let (mut three, mut on) = (a.create_label(), a.create_label());
+        a.pop(rax)?;
+        a.mov(qword_ptr(rdi + 0x5000), rax)?;
+        a.mov(rbx, cr2)?;
+        a.mov(qword_ptr(rdi + 0x5008), rbx)?;
+        a.add(edi, 16)?;
+        a.pop(rax)?;
+        a.cmp(rax, rsi)?;
+        a.je(on)?;
+        a.cmp(byte_ptr(rax), 0x01)?; // ADD with a displacement of four bytes
+        a.lea(rax, rax + 2)?;
+        a.jne(three)?;
+        a.add(rax, 4)?;
+        a.set_label(&mut three)?;
+        a.push(rax)?;
+        a.iretq()?;
+        a.set_label(&mut on)?;
+        stop(a)
+    });
+    runs_to_stop(&mut machine);
+    let found: Vec<(u64, u64)> = (0..5)
+        .map(|i| 0x5000 + 16 * i)
+        .map(|at| (machine.memory.read_u64(at), machine.memory.read_u64(at + 8)))
+        .collect();
+    assert_eq!(
+        found,
+        [
+            (0, ADDRESS),
+            (2, ADDRESS),
+            (2, ADDRESS + 0x1000),
+            (0, ADDRESS),
+            (0, ADDRESS),
+        ]
+    );
+}
+
 #[test]
 fn counters_are_files() {
     use std::os::unix::fs::FileExt;

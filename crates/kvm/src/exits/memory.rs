@@ -1,12 +1,16 @@
 //! EPT violations and misconfigurations.
 
 use super::{Outcome, internal_error, unknown};
+use crate::events::PendingException;
 use crate::mmio;
 use crate::vcpu::{Core, Vcpu};
 use arch::addr::Gpa;
+use arch::control_registers::{Cr4, Efer};
 use arch::controls::Interruptibility;
+use arch::exception::Exception;
 use arch::exit::{EptViolation, VmExit};
 use arch::page_fault::ErrorCode;
+use arch::paging::Access;
 use kvm_bindings::*;
 use mmu::{FaultError, FaultResult};
 
@@ -92,6 +96,9 @@ pub(crate) fn fault_outcome(
             if exit.idt_vectoring_info.is_valid() {
                 return delivery_failed(core, vcpu, exit);
             }
+            if let Some(access) = core.cpu.interrupted_walk() {
+                return missing_table(core, exit, access);
+            }
             match hint(exit, access.gpa) {
                 Some(hint) if access.is_known => mmio::emulate_device(core, vcpu, hint),
                 hint => mmio::emulate(core, vcpu, hint),
@@ -111,6 +118,27 @@ pub(crate) fn fault_outcome(
         }
         FaultResult::Error(error) => fault_error(core, vcpu, error),
     }
+}
+
+/// A table of the guest's is where there is no memory: its walk ends as at an entry that is not
+/// present, in a page fault for the access.
+#[cold]
+pub(crate) fn missing_table(core: &mut Core, exit: &VmExit, access: Access) -> Outcome {
+    let state = &core.cpu.state;
+    let fetches_are_told = state.efer.contains(Efer::NXE) || state.cr4.contains(Cr4::SMEP);
+    let mut code = ErrorCode::empty();
+    code.set(ErrorCode::WRITE, access.contains(Access::WRITE));
+    code.set(ErrorCode::USER, access.contains(Access::USER));
+    code.set(
+        ErrorCode::FETCH,
+        access.contains(Access::FETCH) && fetches_are_told,
+    );
+    core.events.raise(PendingException {
+        vector: Exception::PageFault.vector(),
+        error_code: Some(code.bits() as u32),
+        payload: Some(exit.guest_linear_address),
+    });
+    Outcome::Resume
 }
 
 /// The linear address that goes with a guest-physical one, where the exit tells.
