@@ -174,7 +174,7 @@ fn splits_line(gva: u64, len: usize) -> bool {
 }
 
 /// # Safety
-/// As for [`HostInt::store`].
+/// As for [`crate::host::HostInt::store`].
 #[inline(always)]
 unsafe fn modify_host<T: Int, R>(
     hva: u64,
