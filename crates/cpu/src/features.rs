@@ -52,6 +52,7 @@ const OWN: &[Feature] = &[
     Feature::PKU,
     Feature::OSPKE,
     Feature::WAITPKG,
+    Feature::PKS,
     Feature::LA57,
     Feature::RDPID,
     Feature::FSRM,

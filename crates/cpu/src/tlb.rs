@@ -71,8 +71,10 @@ pub(crate) struct Space {
     pub pcid: u16,
     /// The EPT root or the shadow root.
     pub root: u64,
-    /// Paging-mode bits of CR0, CR4 and EFER, and PKRU.
+    /// Paging-mode bits of CR0, CR4 and EFER.
     pub mode: u64,
+    /// PKRU and IA32_PKRS, where they are in force.
+    pub keys: [u32; 2],
 }
 
 /// The TLB of one processor.
@@ -286,6 +288,7 @@ mod tests {
         pcid: 0,
         root: 0x1000,
         mode: 0,
+        keys: [0; 2],
     };
 
     fn fill(gva: u64, shift: u8) -> Fill {

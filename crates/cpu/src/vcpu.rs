@@ -223,6 +223,25 @@ pub struct Vcpu {
     pub(crate) statistics: Statistics,
 }
 
+/// Bits of control registers that translations depend on, as [`Space::mode`] holds them.
+const MODE_CR0: u64 = Cr0::PG.union(Cr0::WP).bits();
+const MODE_CR4: u64 = Cr4::PSE
+    .union(Cr4::PAE)
+    .union(Cr4::SMEP)
+    .union(Cr4::SMAP)
+    .union(Cr4::PKE)
+    .union(Cr4::LA57)
+    .union(Cr4::PKS)
+    .bits();
+const MODE_EFER: u64 = Efer::NXE.union(Efer::LMA).bits();
+const MODE_CR4_SHIFT: u32 = 1;
+const MODE_EFER_SHIFT: u32 = 4;
+
+const _: () = {
+    let (cr4, efer) = (MODE_CR4 << MODE_CR4_SHIFT, MODE_EFER << MODE_EFER_SHIFT);
+    assert!(MODE_CR0 & cr4 == 0 && MODE_CR0 & efer == 0 && cr4 & efer == 0);
+};
+
 /// The PAUSE-loop detector.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct PauseLoop {
@@ -582,21 +601,21 @@ impl Vcpu {
     /// What the TLB tags of this moment depend on.
     pub(crate) fn space(&self) -> Space {
         let controls = self.controls();
-        let cr0 = (self.state.cr0 & (Cr0::PG | Cr0::WP)).bits();
-        let cr4_bits =
-            Cr4::PSE | Cr4::PAE | Cr4::SMEP | Cr4::SMAP | Cr4::PKE | Cr4::LA57 | Cr4::PKS;
-        let cr4 = (self.state.cr4 & cr4_bits).bits();
-        let efer = (self.state.efer & (Efer::NXE | Efer::LMA)).bits();
+        let cr0 = self.state.cr0.bits() & MODE_CR0;
+        let cr4 = self.state.cr4.bits() & MODE_CR4;
+        let efer = self.state.efer.bits() & MODE_EFER;
         let paged = self.state.cr0.contains(Cr0::PG);
         let pcid = if self.state.cr4.contains(Cr4::PCIDE) {
             self.state.cr3 & 0xfff
         } else {
             0
         };
-        let keys = if self.state.cr4.intersects(Cr4::PKE | Cr4::PKS) {
-            (self.state.pkru as u64) << 32
-        } else {
-            0
+        let in_force = |control: Cr4, keys: u32| {
+            if self.state.cr4.contains(control) {
+                keys
+            } else {
+                0
+            }
         };
         Space {
             vpid: controls.vpid,
@@ -606,7 +625,11 @@ impl Vcpu {
             } else {
                 controls.shadow_root.root
             },
-            mode: (cr0 | cr4 << 1 | efer << 3) & 0xffff_ffff | keys,
+            mode: cr0 | cr4 << MODE_CR4_SHIFT | efer << MODE_EFER_SHIFT,
+            keys: [
+                in_force(Cr4::PKE, self.state.pkru),
+                in_force(Cr4::PKS, self.state.msrs.pkrs as u32),
+            ],
         }
     }
 

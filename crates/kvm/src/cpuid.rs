@@ -33,6 +33,7 @@ const WITHHELD: &[Feature] = &[
     Feature::PDCM,
     Feature::OSVW,
     Feature::WAITPKG,
+    Feature::PKS,
     Feature::RTM,
     // PKRU is not among the extended-state components offered, and systems expect it there.
     Feature::PKU,

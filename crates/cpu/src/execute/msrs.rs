@@ -131,7 +131,6 @@ impl Vcpu {
             msr::XSS => msrs.xss = value,
             msr::PKRS if value >> 32 == 0 => {
                 msrs.pkrs = value;
-                self.tlb.flush();
                 self.update_context();
             }
             msr::SPEC_CTRL => msrs.spec_ctrl = value,

@@ -187,6 +187,57 @@ fn protection_keys_guard_user_pages() {
 }
 
 #[test]
+fn protection_keys_guard_supervisor_pages() {
+    // Key 3 of IA32_PKRS: access disable, write disable, none; the same key of PKRU does not
+    // matter to supervisor pages.
+    let cases = [
+        (1u64 << 6, false, Some(0x21)),
+        (2 << 6, false, None),
+        (2 << 6, true, Some(0x23)),
+        (0, true, None),
+    ];
+    for (pkrs, write, fault) in cases {
+        let mut guest = long_guest();
+        guest.memory.write_u64(0x3000, 0x5000 | 7);
+        for i in 0..512 {
+            guest.memory.write_u64(0x5000 + 8 * i, i << 12 | 3);
+        }
+        let key = 3 << 59;
+        guest
+            .memory
+            .write_u64(0x5000 + 8 * (DATA >> 12), DATA | key | 3);
+        guest.vcpu.state.cr4 |= Cr4::PKS | Cr4::PKE;
+        guest.vcpu.state.pkru = 3 << 6;
+        guest.controls.msr_bitmap.set(arch::msr::PKRS, true, false);
+        guest.load(&assemble(64, CODE, |a| {
+            // Without restrictions first, so that the TLB knows the page.
+            a.mov(rsi, qword_ptr(rbx)).unwrap();
+            a.wrmsr().unwrap();
+            if write {
+                a.mov(qword_ptr(rbx), rax).unwrap();
+            } else {
+                a.mov(rsi, qword_ptr(rbx)).unwrap();
+            }
+            a.hlt().unwrap();
+        }));
+        let regs = &mut guest.vcpu.state.regs;
+        regs[..4].copy_from_slice(&[pkrs, arch::msr::PKRS.into(), 0, DATA]);
+        match fault {
+            None => guest.run_to_halt(),
+            Some(code) => {
+                assert_eq!(guest.run_to_handler(), 14);
+                assert_eq!(guest.stack(0), code, "PKRS {pkrs:#x}, write {write}");
+            }
+        }
+        // What is changed from outside counts from the next entry on.
+        guest.vcpu.state.msrs.pkrs = 1 << 6;
+        guest.vcpu.state.rip = CODE;
+        guest.vcpu.state.regs[4] = STACK;
+        assert_eq!(guest.run_to_handler(), 14);
+    }
+}
+
+#[test]
 fn pkru_is_an_xsave_component() {
     let mut guest = long_guest();
     guest.vcpu.state.xcr0 |= Xcr0::PKRU;
