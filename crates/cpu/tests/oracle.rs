@@ -432,7 +432,7 @@ fn instructions_agree_with_the_host() {
 
 #[test]
 fn instructions_of_32_bit_code_agree_with_the_host() {
-    single_instructions(32, setting("EPTIDE_ORACLE_CASES", 100_000) / 2);
+    single_instructions(32, setting("EPTIDE_ORACLE_CASES", 100_000).div_ceil(2));
 }
 
 #[test]
@@ -441,12 +441,12 @@ fn instructions_of_16_bit_code_agree_with_the_host() {
         eprintln!("skipped: the host gives no process an LDT");
         return;
     }
-    single_instructions(16, setting("EPTIDE_ORACLE_CASES", 100_000) / 2);
+    single_instructions(16, setting("EPTIDE_ORACLE_CASES", 100_000).div_ceil(2));
 }
 
 #[test]
 fn sequences_agree_with_the_host() {
-    let cases = setting("EPTIDE_ORACLE_CASES", 100_000) / 4;
+    let cases = setting("EPTIDE_ORACLE_CASES", 100_000).div_ceil(4);
     let first = setting("EPTIDE_ORACLE_SEED", 1);
     let (_alone, mut bench) = bench();
     let has_ldt = segments::install_on_host();

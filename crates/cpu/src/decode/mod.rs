@@ -258,6 +258,8 @@ impl Context<'_> {
                 Register::None => {}
                 Register::RIP => return 8,
                 Register::EIP => return 4,
+                // An index of gathers says nothing of the address size.
+                _ if !register.is_gpr() => {}
                 _ => return register.size() as u8,
             }
         }

@@ -219,8 +219,8 @@ pub(crate) fn enter(cpu: &mut Vcpu, op: &Op) -> Flow {
     }
     sp = sp.wrapping_sub(op.imm) & mask;
     // The new top of the stack must be writable, though nothing is written there.
-    let address = attempt!(cpu.linear(STACK, sp, 1, true));
-    attempt!(cpu.check_write(address, 1, STACK));
+    let address = attempt!(cpu.linear(STACK, sp, size.into(), true));
+    attempt!(cpu.check_write(address, size.into(), STACK));
     match size {
         2 => cpu.set_reg(8 * RBP as u8, frame as u16),
         4 => cpu.set_reg(8 * RBP as u8, frame as u32),

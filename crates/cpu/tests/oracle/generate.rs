@@ -67,7 +67,7 @@ fn bytes(random: &mut Random) -> [u8; 15] {
     if prefix != 0 {
         put(prefix, &mut out);
         if random.below(12) == 0 {
-            put(random.pick(&[0x66, 0xf2, 0xf3]), &mut out);
+            put(random.pick(&[0x66, 0x67, 0x67, 0xf2, 0xf3]), &mut out);
         }
     }
     if random.below(2) == 0 {
@@ -202,7 +202,11 @@ fn comparable(i: &Instruction, features: &Features) -> bool {
     );
     // With VEX.W outside 64-bit code Intel's processors ignore W and AMD's raise #UD.
     let vendors_differ = vendors_differ
-        || i.code_size() != CodeSize::Code64 && i.code() == Code::VEX_Vpinsrd_xmm_xmm_rm32_imm8;
+        || i.code_size() != CodeSize::Code64
+            && matches!(
+                i.code(),
+                Code::VEX_Vpinsrd_xmm_xmm_rm32_imm8 | Code::VEX_Vpextrd_rm32_xmm_imm8
+            );
     !excluded && !segments && !vendors_differ && i.code() != Code::Int1
 }
 
