@@ -202,7 +202,7 @@ impl Guest {
         let mut cpuid = kvm.get_supported_cpuid(256).unwrap();
         for leaf in cpuid.as_mut_slice() {
             if leaf.function == 7 && leaf.index == 0 {
-                // By default 5-level paging and protection keys are offered on hosts that have them.
+                // Neither keys nor (on most hosts) 5-level paging are offered by default.
                 leaf.ecx |= 1 << 16 | 1 << 3;
             }
         }
