@@ -16,16 +16,16 @@
 //! Only the handler's address in the disposition changes, and that it is given information on the
 //! signal; other flags, mask and restorer stay. Each handler has a gate of its own for good, so a
 //! program that reads a disposition and restores it later restores what it meant. Dispositions are
-//! looked at when a vCPU is made, when one begins to run, and every millisecond while one runs, by
-//! a thread of this crate's own: a vCPU's thread may be under a filter of system calls. What it
-//! needs here is `rt_sigprocmask`, and that only when a signal comes.
+//! looked at when a vCPU begins to run and every few milliseconds while one runs, by a thread of
+//! this crate's own: a vCPU's thread may be under a filter of system calls. What it needs here is
+//! `rt_sigprocmask`, and that only when a signal comes.
 //!
 //! A handler that was put off finds in its context where KVM_RUN was interrupted; changes to it
 //! have no effect.
 //!
 //! Not covered, and thus run at once without ending KVM_RUN: signals that instructions raise
-//! (SIGSEGV and the like), handlers that are used once (`SA_RESETHAND`), a handler installed less
-//! than a millisecond ago, and handlers beyond [`GATES`] different ones.
+//! (SIGSEGV and the like), handlers that are used once (`SA_RESETHAND`), a handler installed a few
+//! milliseconds ago while vCPUs ran, and handlers beyond [`GATES`] different ones.
 
 use crate::mailbox::{Mailbox, Request};
 use std::cell::Cell;

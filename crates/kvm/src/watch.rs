@@ -13,6 +13,9 @@ const INTERVAL: Duration = Duration::from_millis(1);
 /// Looks without a running vCPU after which the thread sleeps.
 const IDLE_LOOKS: u32 = 100;
 
+/// Looks between two looks at the program's signal handlers that nobody asked for: they are some
+/// sixty system calls.
+const COVER_INTERVAL: u32 = 8;
 /// Looks between two looks at how long a vCPU's thread had to wait for a processor.
 const DELAY_INTERVAL: u32 = 100;
 
@@ -89,9 +92,11 @@ impl Watch {
     fn serve(&self) {
         let (mut idle, mut looks) = (0, 0u32);
         loop {
-            self.pause();
-            self.cover();
+            let asked = self.pause();
             looks = looks.wrapping_add(1);
+            if asked || looks.is_multiple_of(COVER_INTERVAL) {
+                self.cover();
+            }
             let running = self.look(looks.is_multiple_of(DELAY_INTERVAL));
             idle = if running { 0 } else { idle + 1 };
             if idle > IDLE_LOOKS {
@@ -101,10 +106,12 @@ impl Watch {
         }
     }
 
-    /// Waits for the next look, or until somebody asks for one.
-    fn pause(&self) {
+    /// Waits for the next look, or until somebody asks for signal handlers to be covered: true then.
+    fn pause(&self) -> bool {
         let state = self.state();
-        drop(self.wake.wait_timeout_while(state, INTERVAL, waits));
+        let waited = self.wake.wait_timeout_while(state, INTERVAL, waits);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        !waits(&mut state)
     }
 
     /// Covers signal handlers.
