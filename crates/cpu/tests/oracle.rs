@@ -21,7 +21,7 @@ mod sequences;
 use arch::exit::ExitReason;
 use eptide_cpu::{ExtendedState, Vcpu};
 use guest::{Guest, Memory};
-use iced_x86::Instruction;
+use iced_x86::{Instruction, Mnemonic};
 use native::Trap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -91,7 +91,7 @@ impl Bench {
         guest.memory.write_u64(0x3000 + 8 * (CODE >> 21), table | 7);
         guest
             .memory
-            .write_u64(table + 8 * (CODE >> 12 & 511), CODE | 5);
+            .write_u64(table + 8 * (CODE >> 12 & 511), CODE | 7);
         for page in 0..DATA_LEN >> 12 {
             let address = DATA + (page << 12);
             guest
@@ -241,7 +241,14 @@ fn compare(
             native.1, guest.1
         ));
     }
-    if native.1.vector == 14 && native.1.address != guest.1.address {
+    // Which byte of a masked store is named is the processor's choice.
+    let masked = matches!(
+        i.mnemonic(),
+        Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu | Mnemonic::Maskmovq
+    );
+    let unspecified = if masked { 0xfff } else { 0 };
+    let differs = (native.1.address ^ guest.1.address) & !unspecified != 0;
+    if native.1.vector == 14 && differs {
         return fail(format!("fault address: {:x?} and {:x?}", native.1, guest.1));
     }
     if matches!(native.1.vector, 10..=13) && native.1.error != guest.1.error {
