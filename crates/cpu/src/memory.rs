@@ -53,6 +53,8 @@ pub(crate) trait Int: HostInt + Into<u64> + PartialEq {
     fn truncate(value: u64) -> Self;
     /// Sign-extended to 64 bits.
     fn sign_extend(self) -> u64;
+    /// The value whose bytes come first; loaded as wide as they were stored.
+    fn from_first(bytes: [u8; 8]) -> Self;
 }
 
 macro_rules! int {
@@ -66,6 +68,10 @@ macro_rules! int {
             #[inline(always)]
             fn sign_extend(self) -> u64 {
                 self as $signed as i64 as u64
+            }
+            #[inline(always)]
+            fn from_first(bytes: [u8; 8]) -> $ty {
+                bytes.first_chunk().map_or(0, |first| $ty::from_le_bytes(*first))
             }
         }
     )*};
@@ -108,7 +114,7 @@ impl Vcpu {
     fn read_slow<T: Int>(&mut self, gva: u64, segment: u8) -> Result<T, Stop> {
         let mut bytes = [0; 8];
         self.read_bytes(gva, segment, &mut bytes[..T::SIZE])?;
-        Ok(T::truncate(u64::from_le_bytes(bytes)))
+        Ok(T::from_first(bytes))
     }
 
     #[cold]
@@ -197,7 +203,7 @@ impl Vcpu {
         self.check_canonical(gva, T::SIZE, DATA)?;
         let places = self.resolve_split(gva, T::SIZE, access)?;
         self.transfer_in(gva, &places, &mut bytes[..T::SIZE], access)?;
-        Ok(T::truncate(u64::from_le_bytes(bytes)))
+        Ok(T::from_first(bytes))
     }
 
     /// An implicit supervisor write of a system structure.

@@ -121,7 +121,7 @@ impl Vcpu {
                 let mut bytes = [0; 8];
                 self.bus_read(gpa, &mut bytes[..T::SIZE])?;
                 loop {
-                    let (value, result) = compute(T::truncate(u64::from_le_bytes(bytes)));
+                    let (value, result) = compute(T::from_first(bytes));
                     let value: u64 = value.into();
                     let (old, new) = (&mut bytes[..T::SIZE], &value.to_le_bytes()[..T::SIZE]);
                     if !lock {
@@ -135,7 +135,7 @@ impl Vcpu {
             Place::Apic { offset } => {
                 let mut bytes = [0; 8];
                 self.apic_read(offset, &mut bytes[..T::SIZE])?;
-                let (value, result) = compute(T::truncate(u64::from_le_bytes(bytes)));
+                let (value, result) = compute(T::from_first(bytes));
                 let value: u64 = value.into();
                 self.apic_write(offset, &value.to_le_bytes()[..T::SIZE])?;
                 result
@@ -160,7 +160,7 @@ impl Vcpu {
         let mut bytes = [0; 8];
         let places = self.resolve_split(gva, T::SIZE, access)?;
         self.transfer_in(gva, &places, &mut bytes[..T::SIZE], access)?;
-        let (value, result) = compute(T::truncate(u64::from_le_bytes(bytes)));
+        let (value, result) = compute(T::from_first(bytes));
         let value: u64 = value.into();
         self.transfer_out(gva, &places, &value.to_le_bytes()[..T::SIZE])?;
         Ok(result)

@@ -42,6 +42,17 @@ impl Transfer {
             data: SmallVec::from_slice(data),
         }
     }
+
+    /// A read without its answer.
+    fn unanswered(gpa: u64, length: usize) -> Transfer {
+        const INLINE: [u8; 16] = [0; 16];
+        let data = if length <= INLINE.len() {
+            SmallVec::from_buf_and_len(INLINE, length)
+        } else {
+            smallvec![0; length]
+        };
+        Transfer { gpa, data }
+    }
 }
 
 /// An instruction that waits for user space.
@@ -56,8 +67,8 @@ pub(crate) struct Emulation {
     more_hints: Vec<MmioHint>,
     /// Reads answered so far.
     answered: Vec<Transfer>,
-    /// The read that user space is answering, and how many of its bytes it has.
-    asking: Option<(Transfer, usize)>,
+    /// User space is answering the last of them, and this many bytes are there.
+    asking: Option<usize>,
     /// Writes that the completed instruction made, and how many bytes of the first are done.
     writes: VecDeque<Transfer>,
     written: usize,
@@ -90,7 +101,8 @@ struct MmioBus<'a> {
     device: Option<u64>,
     answered: &'a mut Vec<Transfer>,
     next_answer: usize,
-    asking: Option<Transfer>,
+    /// The last of `answered` is not: user space must answer it.
+    asks: bool,
     writes: Vec<Transfer>,
     /// Where the vCPU is in guest mode, until a locked write.
     gate: Option<&'a mmu::Gate>,
@@ -154,7 +166,8 @@ impl Bus for MmioBus<'_> {
             return BusResponse::Done;
         }
         if !self.read_here(gpa, data) {
-            self.asking = Some(Transfer::new(gpa, data));
+            self.answered.push(Transfer::unanswered(gpa, data.len()));
+            self.asks = true;
             return BusResponse::Later;
         }
         self.answered.push(Transfer::new(gpa, data));
@@ -191,16 +204,14 @@ pub(crate) fn emulate_device(core: &mut Core, vcpu: &Vcpu, hint: MmioHint) -> Ou
     if let Some(length) = core.cpu.interrupted_read() {
         // What the instruction is going to ask for is known: its emulation can begin when the
         // answer is there.
-        let mut read = Transfer {
-            gpa: hint.gpa,
-            data: smallvec![0; length],
-        };
+        let mut read = Transfer::unanswered(hint.gpa, length);
         let apic = vcpu.apic().map(|apic| &**apic);
-        if !read_device(vcpu.vm(), apic, hint.gpa, &mut read.data) {
-            core.emulation.asking = Some((read, 0));
+        let is_answered = read_device(vcpu.vm(), apic, hint.gpa, &mut read.data);
+        core.emulation.answered.push(read);
+        if !is_answered {
+            core.emulation.asking = Some(0);
             return ask(core, vcpu);
         }
-        core.emulation.answered.push(read);
     }
     advance(core, vcpu, None)
 }
@@ -244,7 +255,7 @@ fn advance(core: &mut Core, vcpu: &Vcpu, observer: Option<&mut dyn cpu::Observer
             device: core.emulation.device,
             answered: &mut answered,
             next_answer: 0,
-            asking: None,
+            asks: false,
             writes: Vec::new(),
             gate: Some(core.mmu.gate()),
         };
@@ -261,7 +272,7 @@ fn advance(core: &mut Core, vcpu: &Vcpu, observer: Option<&mut dyn cpu::Observer
                 .emulate(&core.controls, core.emulation.hint, &mut bus),
         };
         let in_guest_mode = bus.gate.is_some();
-        let (asking, writes) = (bus.asking, bus.writes);
+        let (asks, writes) = (bus.asks, bus.writes);
         core.in_guest_mode = in_guest_mode;
         core.take_guest_registers(guest);
         core.record_modified_pages(vcpu);
@@ -278,11 +289,11 @@ fn advance(core: &mut Core, vcpu: &Vcpu, observer: Option<&mut dyn cpu::Observer
                 return drain_writes(core, vcpu);
             }
             Emulated::Later => {
-                let Some(asking) = asking else {
+                if !asks {
                     vcpu.vm().bug("an emulated instruction waits for nothing");
                     return Outcome::Fail(libc::EIO);
-                };
-                core.emulation.asking = Some((asking, 0));
+                }
+                core.emulation.asking = Some(0);
                 return ask(core, vcpu);
             }
             Emulated::Exit(exit) => match nested_exit(core, vcpu, &exit, observer.is_some()) {
@@ -333,11 +344,12 @@ fn nested_exit(core: &mut Core, vcpu: &Vcpu, exit: &VmExit, observed: bool) -> O
 
 /// KVM_EXIT_MMIO for the next fragment of a read.
 fn ask(core: &mut Core, vcpu: &Vcpu) -> Outcome {
-    let Some((transfer, done)) = &core.emulation.asking else {
+    let (Some(done), Some(transfer)) = (core.emulation.asking, core.emulation.answered.last())
+    else {
         return Outcome::Resume;
     };
     let length = (transfer.data.len() - done).min(FRAGMENT);
-    let gpa = transfer.gpa + *done as u64;
+    let gpa = transfer.gpa + done as u64;
     exit_mmio(core, vcpu, gpa, length, None);
     core.completion = Some(Completion::MmioRead);
     Outcome::Exit
@@ -363,17 +375,16 @@ fn exit_mmio(core: &mut Core, vcpu: &Vcpu, gpa: u64, length: usize, write: Optio
 pub(crate) fn complete_read(core: &mut Core, vcpu: &Vcpu) -> Outcome {
     // SAFETY: the exit that this completes filled this member, and every bit pattern is valid.
     let data = unsafe { vcpu.kvm_run(core).__bindgen_anon_1.mmio.data };
-    let Some((transfer, done)) = core.emulation.asking.as_mut() else {
+    let emulation = &mut core.emulation;
+    let (Some(done), Some(transfer)) = (emulation.asking.take(), emulation.answered.last_mut())
+    else {
         return Outcome::Resume;
     };
-    let length = (transfer.data.len() - *done).min(FRAGMENT);
-    transfer.data[*done..*done + length].copy_from_slice(&data[..length]);
-    *done += length;
-    if *done < transfer.data.len() {
+    let length = (transfer.data.len() - done).min(FRAGMENT);
+    transfer.data[done..done + length].copy_from_slice(&data[..length]);
+    if done + length < transfer.data.len() {
+        emulation.asking = Some(done + length);
         return ask(core, vcpu);
-    }
-    if let Some((answer, _)) = core.emulation.asking.take() {
-        core.emulation.answered.push(answer);
     }
     advance(core, vcpu, None)
 }
