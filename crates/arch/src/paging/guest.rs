@@ -295,18 +295,21 @@ impl Request<'_> {
                 Some((level, table)) => walk_from(mode, memory, level, table, self.gva),
                 None => walk(mode, memory, root, self.gva),
             };
-            let judged = walked.map(|found| (self.judge(&found), found));
-            let is_allowed = matches!(judged, Ok((Ok(()), _)));
-            if !is_allowed && start.take().is_some() {
-                // A table that is no longer part of the tables must not be the reason of a fault.
-                forget_tables::<F, M>(memory, self.gva);
-                continue;
-            }
-            let (verdict, mut found) = match judged {
-                Ok(judged) => judged,
+            // A table that is no longer part of the tables must not be the reason of a fault: what
+            // began at a cached one begins again at the root.
+            let mut found = match walked {
+                Ok(found) => found,
+                Err(_) if start.take().is_some() => {
+                    forget_tables::<F, M>(memory, self.gva);
+                    continue;
+                }
                 Err(error) => return Err(self.walk_error(error)),
             };
-            if let Err(error_code) = verdict {
+            if let Err(error_code) = self.judge(&found) {
+                if start.take().is_some() {
+                    forget_tables::<F, M>(memory, self.gva);
+                    continue;
+                }
                 let fault = PageFault {
                     error_code,
                     level: found.level,
