@@ -44,3 +44,5 @@ mod stress;
 mod task_switch;
 #[path = "thin.rs"]
 mod thin;
+#[path = "timers.rs"]
+mod timers;

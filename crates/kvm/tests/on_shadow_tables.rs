@@ -17,3 +17,5 @@ mod smm;
 mod stress;
 #[path = "task_switch.rs"]
 mod task_switch;
+#[path = "timers.rs"]
+mod timers;
