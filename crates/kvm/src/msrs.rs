@@ -469,7 +469,7 @@ pub(crate) struct MsrState {
 
 impl MsrState {
     /// The registers at power-up.
-    pub(crate) fn new(bootstrap: bool) -> MsrState {
+    pub(crate) fn new() -> MsrState {
         use arch::msr::misc_enable;
         let mut state = MsrState {
             stored: Vec::new(),
@@ -485,7 +485,6 @@ impl MsrState {
         state.set(msr::MCG_CTL, !0);
         state.set(msr::AMD64_DE_CFG, handlers::DE_CFG_LFENCE_SERIALIZE);
         state.set(msr::KVM_POLL_CONTROL, 1);
-        let _ = bootstrap;
         state
     }
 

@@ -208,7 +208,7 @@ impl Vcpu {
             has_shadow_paging: vm.mmu.config().shadow,
             faults_in_vain: Default::default(),
             events: Events::default(),
-            msrs: MsrState::new(bootstrap),
+            msrs: MsrState::new(),
             msr_filter: None,
             cpuid: Table::default(),
             features: Features::NONE,

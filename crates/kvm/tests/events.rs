@@ -7,15 +7,6 @@ use eptide_kvm::VcpuExit;
 use kvm_bindings::*;
 use std::time::Duration;
 
-fn enable(machine: &Machine, cap: u32, value: u64) -> Result<(), i32> {
-    let mut request = kvm_enable_cap {
-        cap,
-        ..Default::default()
-    };
-    request.args[0] = value;
-    machine.vm.enable_cap(&request).map_err(|e| e.errno())
-}
-
 /// Code that stops again and again.
 fn stops() -> Vec<u8> {
     assemble(|a| {
@@ -47,7 +38,7 @@ fn pending_exceptions_travel_with_their_payload() {
     events.flags |= KVM_VCPUEVENT_VALID_PAYLOAD;
     let refused = machine.vcpu().set_vcpu_events(&events).unwrap_err();
     assert_eq!(refused.errno(), libc::EINVAL, "without the capability");
-    enable(&machine, KVM_CAP_EXCEPTION_PAYLOAD, 1).unwrap();
+    enable(&machine.vm, KVM_CAP_EXCEPTION_PAYLOAD, 1).unwrap();
     machine.vcpu().set_vcpu_events(&events).unwrap();
     assert_eq!(machine.vcpu().get_vcpu_events().unwrap(), events);
     assert_eq!(machine.vcpu().get_sregs().unwrap().cr2, 0);
@@ -112,7 +103,7 @@ fn triple_faults_are_events_where_asked_for() {
     events.flags |= KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
     events.triple_fault.pending = 1;
     assert!(machine.vcpu().set_vcpu_events(&events).is_err());
-    enable(&machine, KVM_CAP_X86_TRIPLE_FAULT_EVENT, 1).unwrap();
+    enable(&machine.vm, KVM_CAP_X86_TRIPLE_FAULT_EVENT, 1).unwrap();
     machine.vcpu().set_vcpu_events(&events).unwrap();
     let read = machine.vcpu().get_vcpu_events().unwrap();
     assert_eq!(read.triple_fault.pending, 1);

@@ -250,12 +250,8 @@ fn filtered_msrs_come_to_user_space() {
         stop(a)
     });
     let mut machine = Machine::new(Irqchip::None, 1, &code);
-    let mut cap = kvm_enable_cap {
-        cap: KVM_CAP_X86_USER_SPACE_MSR,
-        ..Default::default()
-    };
-    cap.args[0] = (KVM_MSR_EXIT_REASON_FILTER | KVM_MSR_EXIT_REASON_UNKNOWN) as u64;
-    machine.vm.enable_cap(&cap).unwrap();
+    let reasons = KVM_MSR_EXIT_REASON_FILTER | KVM_MSR_EXIT_REASON_UNKNOWN;
+    enable(&machine.vm, KVM_CAP_X86_USER_SPACE_MSR, reasons.into()).unwrap();
     let range = MsrFilterRange {
         flags: MsrFilterRangeFlags::READ,
         base: 0xc000_0081,
@@ -330,14 +326,9 @@ fn written_pages_are_in_the_ring() {
     });
     let kvm = system();
     let vm = kvm.create_vm().unwrap();
-    let mut cap = kvm_enable_cap {
-        cap: KVM_CAP_DIRTY_LOG_RING,
-        ..Default::default()
-    };
-    cap.args[0] = 4097;
-    assert_eq!(vm.enable_cap(&cap).unwrap_err().errno(), libc::EINVAL);
-    cap.args[0] = RING as u64;
-    vm.enable_cap(&cap).unwrap();
+    let with_ring = |bytes| enable(&vm, KVM_CAP_DIRTY_LOG_RING, bytes);
+    assert_eq!(with_ring(4097), Err(libc::EINVAL));
+    with_ring(RING as u64).unwrap();
     let mut machine = Machine::on(kvm, vm, Irqchip::None, 1, &code);
     let mut region = machine.memory.region(0, 0);
     region.flags = KVM_MEM_LOG_DIRTY_PAGES;

@@ -59,12 +59,7 @@ fn a_kick_before_the_halt_ends_it() {
 }
 
 fn disable_exits(vm: &eptide_kvm::VmFd, which: u32) -> Result<(), i32> {
-    let mut request = kvm_enable_cap {
-        cap: KVM_CAP_X86_DISABLE_EXITS,
-        ..Default::default()
-    };
-    request.args[0] = which.into();
-    vm.enable_cap(&request).map_err(|error| error.errno())
+    enable(vm, KVM_CAP_X86_DISABLE_EXITS, which.into())
 }
 
 /// A machine whose HLTs do not exit.

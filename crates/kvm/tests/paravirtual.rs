@@ -203,12 +203,7 @@ fn hypercalls_exit_where_user_space_asks() {
         stop(a)
     });
     let mut machine = Machine::new(Irqchip::None, 1, &code);
-    let mut cap = kvm_enable_cap {
-        cap: KVM_CAP_EXIT_HYPERCALL,
-        ..Default::default()
-    };
-    cap.args[0] = 1 << 12;
-    machine.vm.enable_cap(&cap).unwrap();
+    enable(&machine.vm, KVM_CAP_EXIT_HYPERCALL, 1 << 12).unwrap();
     match machine.vcpu().run().unwrap() {
         VcpuExit::Hypercall(call) => {
             assert_eq!((call.nr, &call.args[..3]), (12, &[0x7000, 1, 2][..]));

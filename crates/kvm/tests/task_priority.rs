@@ -119,12 +119,8 @@ fn the_call_of_firmware_is_past_its_instruction() {
         machine.vcpu().get_regs().unwrap().rip
     };
     assert_eq!(calls(&mut machine), CODE + 2);
-    let mut quirks = kvm_enable_cap {
-        cap: KVM_CAP_DISABLE_QUIRKS2,
-        ..Default::default()
-    };
-    quirks.args[0] = KVM_X86_QUIRK_OUT_7E_INC_RIP.into();
-    machine.vm.enable_cap(&quirks).unwrap();
+    let quirk = KVM_X86_QUIRK_OUT_7E_INC_RIP.into();
+    enable(&machine.vm, KVM_CAP_DISABLE_QUIRKS2, quirk).unwrap();
     assert_eq!(calls(&mut machine), CODE + 2);
     runs_to_stop(&mut machine);
 }

@@ -132,6 +132,20 @@ impl Ept {
     }
 }
 
+/// Flat 32-bit segments of privilege 0: code 08H, data 10H.
+#[allow(dead_code, reason = "not every program has 32-bit guests")]
+pub fn flat_segments_32() -> [Segment; 6] {
+    let flat = |access, selector| Segment {
+        base: 0,
+        limit: u32::MAX,
+        access: AccessRights(access),
+        selector,
+    };
+    let mut segments = [flat(0xc093, 0x10); 6];
+    segments[SegmentName::Cs as usize] = flat(0xc09b, 0x08);
+    segments
+}
+
 /// A guest with memory at guest-physical 0.
 pub struct Guest {
     pub memory: Memory,

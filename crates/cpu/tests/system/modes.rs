@@ -2,7 +2,7 @@
 //! system calls, call gates, task switches.
 
 use crate::bench::*;
-use crate::guest::Guest;
+use crate::guest::{Guest, flat_segments_32};
 use arch::control_registers::{Cr0, Cr4, Efer, Rflags};
 use arch::exit::{ExitReason, TaskSwitchSource, task_switch_qualification};
 use arch::segment::{AccessRights, DescriptorTable, Segment, SegmentName};
@@ -175,14 +175,7 @@ pub fn protected_guest() -> Guest {
         access: AccessRights(0x8b),
         selector: 0x28,
     };
-    let flat = |access, selector| Segment {
-        base: 0,
-        limit: u32::MAX,
-        access: AccessRights(access),
-        selector,
-    };
-    state.segments = [flat(0xc093, 0x10); 6];
-    state.segments[1] = flat(0xc09b, 0x08);
+    state.segments = flat_segments_32();
     state.rip = CODE;
     state.regs[4] = STACK;
     guest

@@ -2,11 +2,10 @@
 //! keys, and host-owned (shadow) tables.
 
 use crate::bench::*;
-use crate::guest::{Guest, Memory};
+use crate::guest::{Guest, Memory, flat_segments_32};
 use arch::control_registers::{Cr0, Cr4, Xcr0};
 use arch::controls::SecondaryControls;
 use arch::exit::ExitReason;
-use arch::segment::{AccessRights, Segment};
 use eptide_cpu::ShadowRoot;
 use iced_x86::code_asm::*;
 
@@ -15,14 +14,7 @@ fn flat32() -> Guest {
     let mut guest = Guest::new(0x10_0000);
     let state = &mut guest.vcpu.state;
     state.cr0 = Cr0::PE | Cr0::ET | Cr0::NE;
-    let flat = |access, selector| Segment {
-        base: 0,
-        limit: u32::MAX,
-        access: AccessRights(access),
-        selector,
-    };
-    state.segments = [flat(0xc093, 0x10); 6];
-    state.segments[1] = flat(0xc09b, 0x08);
+    state.segments = flat_segments_32();
     state.regs[4] = STACK;
     guest.controls.exception_bitmap = u32::MAX;
     guest

@@ -5,8 +5,8 @@
 //! that needs neither stays ([`crate::exits`] says which), so that the next entry costs no look at
 //! the root and no fence. What others want meanwhile they post with a kick, which that entry meets.
 //!
-//! Nothing may call the MMU from guest mode, except to look into the cache of MMIO pages and to
-//! record dirty pages, which wait for nobody.
+//! Nothing may call the MMU from guest mode but what waits for nobody: the look into the cache of
+//! MMIO pages, reads of guest memory, and marks in the dirty log.
 
 use crate::exits::Outcome;
 use crate::vcpu::{Core, Vcpu};

@@ -36,6 +36,16 @@ pub(crate) fn with_ept(ept: bool) -> Kvm {
     Kvm::with_options(kvm::Options::default().with_ept(ept))
 }
 
+/// KVM_ENABLE_CAP with one argument; the errno it fails with.
+pub(crate) fn enable(vm: &VmFd, cap: u32, argument: u64) -> Result<(), i32> {
+    let mut request = kvm_enable_cap {
+        cap,
+        ..Default::default()
+    };
+    request.args[0] = argument;
+    vm.enable_cap(&request).map_err(|error| error.errno())
+}
+
 /// Shared anonymous memory.
 pub(crate) struct Memory {
     pub(crate) base: *mut u8,
@@ -192,14 +202,7 @@ impl Machine {
         match irqchip {
             Irqchip::None => {}
             Irqchip::Full => vm.create_irq_chip().unwrap(),
-            Irqchip::Split => {
-                let mut cap = kvm_enable_cap {
-                    cap: KVM_CAP_SPLIT_IRQCHIP,
-                    ..Default::default()
-                };
-                cap.args[0] = 24;
-                vm.enable_cap(&cap).unwrap();
-            }
+            Irqchip::Split => enable(&vm, KVM_CAP_SPLIT_IRQCHIP, 24).unwrap(),
         }
         memory.write(CODE, code);
         let vcpus = (0..vcpus)
