@@ -231,7 +231,7 @@ impl IrqFds {
         let data = epoll::EventData::new_u64(STOP);
         epoll::add(&*epoll, &*stop, data, epoll::EventFlags::IN).map_err(errno)?;
         let (waits_on, table) = (epoll.clone(), Arc::downgrade(&self.table));
-        let handle = crate::signals::quiet_thread("kvm-irqfd", move || wait(&waits_on, &table))
+        let handle = crate::helpers::spawn("kvm-irqfd", move || wait(&waits_on, &table))
             .map_err(|_| Error::new(libc::ENOMEM))?;
         Ok(Waiter {
             epoll,

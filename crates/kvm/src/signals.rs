@@ -231,16 +231,12 @@ fn change_mask(how: libc::c_int, set: u64) -> u64 {
     before
 }
 
-/// Starts a thread to which no signal of the program is delivered.
-pub(crate) fn quiet_thread<T: Send + 'static>(
-    name: &str,
-    body: impl FnOnce() -> T + Send + 'static,
-) -> std::io::Result<std::thread::JoinHandle<T>> {
+/// Does something while every signal is blocked.
+pub(crate) fn while_blocked<T>(body: impl FnOnce() -> T) -> T {
     let before = change_mask(libc::SIG_SETMASK, u64::MAX);
-    // A thread starts with the mask of the one that starts it.
-    let thread = std::thread::Builder::new().name(name.into()).spawn(body);
+    let result = body();
     change_mask(libc::SIG_SETMASK, before);
-    thread
+    result
 }
 
 /// How many different handlers can be covered.

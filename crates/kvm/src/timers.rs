@@ -68,7 +68,7 @@ impl Timers {
             return;
         }
         let shared = self.shared.clone();
-        let spawned = crate::signals::quiet_thread("kvm-timers", move || serve(&shared));
+        let spawned = crate::helpers::spawn("kvm-timers", move || serve(&shared));
         if let Ok(spawned) = spawned {
             self.shared.lock().thread = Some(spawned.thread().id());
             *handle = Some(spawned);

@@ -39,7 +39,7 @@ use arch::msr;
 use arch::segment::SegmentName;
 use cpu::{Controls, CpuState};
 use kvm_bindings::*;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 impl Kick for cpu::Attention {
@@ -132,6 +132,8 @@ pub(crate) struct Vcpu {
     core: Mutex<Core>,
     /// KVM_RUN is in progress on some thread.
     running: AtomicBool,
+    /// The processor of the host that the vCPU was on when it last went into guest mode.
+    processor: AtomicUsize,
     /// The watch thread looks at this vCPU.
     pub(crate) is_watched: AtomicBool,
     /// KVM_SET_SIGNAL_MASK is in force.
@@ -254,6 +256,7 @@ impl Vcpu {
             run,
             core: Mutex::new(core),
             running: AtomicBool::new(false),
+            processor: AtomicUsize::new(0),
             is_watched: AtomicBool::new(false),
             has_signal_mask: AtomicBool::new(false),
             run_delay: RunDelay::default(),
@@ -323,6 +326,19 @@ impl Vcpu {
     /// Whether KVM_RUN is in progress.
     pub(crate) fn is_running(&self) -> bool {
         self.running.load(Ordering::Relaxed)
+    }
+
+    /// The processor of the host that a running vCPU is on, as of its last entry.
+    pub(crate) fn processor(&self) -> usize {
+        self.processor.load(Ordering::Relaxed)
+    }
+
+    /// Notes the processor that the calling thread, the vCPU's, is on.
+    fn note_processor(&self) {
+        // SAFETY: has no conditions.
+        let processor = unsafe { libc::sched_getcpu() };
+        self.processor
+            .store(processor.max(0) as usize, Ordering::Relaxed);
     }
 
     /// Whether the watch thread should make the vCPU look for a reason to leave.

@@ -1,10 +1,12 @@
 //! What a processor in guest mode cannot notice by itself: `immediate_exit` set by another thread,
 //! blocked signals that KVM_SET_SIGNAL_MASK lets through, and signal handlers that are not covered
-//! yet ([`crate::signals`]).
+//! yet ([`crate::signals`]). And on which processors vCPUs run, which others keep off
+//! ([`crate::helpers`]).
 //!
 //! One thread looks at every running vCPU a thousand times a second.
 
 use crate::vcpu::Vcpu;
+use rustix::thread::CpuSet;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
@@ -45,7 +47,7 @@ fn watch() -> Option<&'static Watch> {
     static WATCH: OnceLock<Option<&'static Watch>> = OnceLock::new();
     *WATCH.get_or_init(|| {
         let watch: &'static Watch = Box::leak(Box::default());
-        match crate::signals::quiet_thread("kvm-watch", || watch.serve()) {
+        match crate::helpers::spawn("kvm-watch", || watch.serve()) {
             Ok(_) => Some(watch),
             Err(error) => {
                 tracing::warn!(%error, "no watch thread: immediate_exit is seen at exits only");
@@ -129,10 +131,13 @@ impl Watch {
 
     /// Kicks the vCPUs that have a reason to leave; whether any runs.
     fn look(&self, at_delays: bool) -> bool {
-        let mut any = false;
+        let (mut any, mut busy) = (false, CpuSet::new());
         for vcpu in self.vcpus() {
             if vcpu.is_running() {
                 any = true;
+                if vcpu.processor() < CpuSet::MAX_CPU {
+                    busy.set(vcpu.processor());
+                }
                 if vcpu.wants_look() {
                     vcpu.mailbox().post(crate::mailbox::Request::YIELD);
                 }
@@ -140,6 +145,9 @@ impl Watch {
             if at_delays {
                 vcpu.run_delay().refresh();
             }
+        }
+        if any {
+            crate::helpers::keep_off(&busy);
         }
         any
     }

@@ -50,6 +50,7 @@ impl Core {
             return Ok(true);
         }
         self.load(vcpu)?;
+        vcpu.note_processor();
         self.debug.before_entry(&mut self.controls);
         Ok(self.pass_gate())
     }
