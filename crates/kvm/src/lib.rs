@@ -108,7 +108,7 @@ pub mod eventfd;
 mod events;
 mod exits;
 mod guest_walk;
-mod helpers;
+pub mod helpers;
 pub mod ioctl;
 pub mod irqchip;
 pub mod mailbox;

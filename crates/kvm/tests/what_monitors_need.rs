@@ -286,3 +286,14 @@ fn no_device_can_be_created() {
         assert_eq!(error.errno(), libc::ENODEV);
     }
 }
+
+#[test]
+fn the_deadline_timer_is_announced_by_its_capability_alone() {
+    // QEMU with its own local APIC, which has no such timer, would offer it otherwise.
+    let supported = Kvm::new().unwrap().get_supported_cpuid(256).unwrap();
+    let leaf = supported
+        .as_slice()
+        .iter()
+        .find(|entry| entry.function == 1);
+    assert_eq!(leaf.unwrap().ecx & 1 << 24, 0);
+}

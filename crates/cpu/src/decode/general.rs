@@ -89,19 +89,7 @@ pub(super) fn reg_rm(c: &Context<'_>, op: &mut Op, n: u32) -> usize {
 fn misc(c: &Context<'_>, op: &mut Op) -> Choice {
     let _ = op;
     match c.instruction.mnemonic() {
-        Mnemonic::Nop
-        | Mnemonic::Reservednop
-        | Mnemonic::Endbr64
-        | Mnemonic::Endbr32
-        | Mnemonic::Prefetchnta
-        | Mnemonic::Prefetcht0
-        | Mnemonic::Prefetcht1
-        | Mnemonic::Prefetcht2
-        | Mnemonic::Prefetchw
-        | Mnemonic::Prefetch
-        | Mnemonic::Prefetchwt1
-        | Mnemonic::Rdsspd
-        | Mnemonic::Rdsspq => next(data::nop),
+        Mnemonic::Nop | Mnemonic::Reservednop => next(data::nop),
         Mnemonic::Lfence | Mnemonic::Mfence | Mnemonic::Sfence => next(data::fence),
         Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb => next(data::flush_line),
         _ => None,

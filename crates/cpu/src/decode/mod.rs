@@ -18,7 +18,7 @@ use crate::code::CodeMode;
 use crate::execute::control;
 use crate::op::{Handler, Op, flag};
 use crate::state::slot;
-use arch::cpuid::Features;
+use arch::cpuid::{Feature, Features};
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use std::cell::Cell;
 
@@ -84,14 +84,26 @@ fn new_op(offset: u64, len: usize, handler: Handler) -> Op {
     }
 }
 
-fn decoder(bytes: &[u8], offset: u64, mode: CodeMode) -> Decoder<'_> {
+fn decoder<'a>(bytes: &'a [u8], offset: u64, mode: CodeMode, features: &Features) -> Decoder<'a> {
+    // A prefix that makes a new instruction of an old one is ignored by processors that do not have
+    // the new one, and hints that they do not have are no operations.
+    let mut options = DecoderOptions::FORCE_RESERVED_NOP;
+    for (feature, ignore) in [
+        (Feature::BMI1, DecoderOptions::NO_MPFX_0FBC),
+        (Feature::LZCNT, DecoderOptions::NO_MPFX_0FBD),
+        (Feature::WBNOINVD, DecoderOptions::NO_WBNOINVD),
+    ] {
+        if !features.has(feature) {
+            options |= ignore;
+        }
+    }
     // Branch targets and RIP-relative addresses come out relative to the page.
-    Decoder::with_ip(mode.bits(), bytes, offset, DecoderOptions::NONE)
+    Decoder::with_ip(mode.bits(), bytes, offset, options)
 }
 
 /// Decodes a block from bytes that lie in one page, the first at `offset` in it.
 pub(crate) fn block(bytes: &[u8], offset: u64, mode: CodeMode, features: &Features) -> Decoded {
-    let mut decoder = decoder(bytes, offset, mode);
+    let mut decoder = decoder(bytes, offset, mode, features);
     let mut instruction = Instruction::default();
     let mut ops: Vec<Op> = Vec::with_capacity(12);
     let mut first: Handler = control::undefined;
@@ -144,7 +156,7 @@ pub(crate) fn block(bytes: &[u8], offset: u64, mode: CodeMode, features: &Featur
 
 /// Decodes one instruction, whose bytes may reach into the next page.
 pub(crate) fn one(bytes: &[u8], offset: u64, mode: CodeMode, features: &Features) -> Decoded {
-    let mut decoder = decoder(bytes, offset, mode);
+    let mut decoder = decoder(bytes, offset, mode, features);
     let instruction = decoder.decode();
     let len = decoder.position().max(1);
     let (op, _) = translate(&instruction, &bytes[..len], offset, mode, features);

@@ -1,16 +1,18 @@
 //! Which instructions CPUID offers.
 
 use arch::cpuid::{Feature, Features};
-use iced_x86::{CpuidFeature, Instruction, Mnemonic};
+use iced_x86::{Code, CpuidFeature, Instruction};
 
 /// Whether a processor with `features` knows the instruction.
 pub(crate) fn is_offered(instruction: &Instruction, features: &Features) -> bool {
     // A prefix decides between two features, or the feature list is about something else.
-    match instruction.mnemonic() {
-        Mnemonic::Prefetchw => {
+    match instruction.code() {
+        Code::Reservednop_rm16_r16_0F0D
+        | Code::Reservednop_rm32_r32_0F0D
+        | Code::Reservednop_rm64_r64_0F0D => {
             return features.has(Feature::PREFETCHW) || features.has(Feature::LM);
         }
-        Mnemonic::Clflush => return features.has(Feature::CLFLUSH),
+        Code::Clflush_m8 => return features.has(Feature::CLFLUSH),
         _ => {}
     }
     instruction
@@ -43,7 +45,6 @@ fn has(needed: CpuidFeature, features: &Features) -> bool {
         // Decided by the handlers: exits or #UD by mode.
         C::VMX | C::SVM | C::INVEPT | C::INVVPID | C::RDPMC => return true,
         C::SGX1 => return true,
-        C::CET_IBT | C::CET_SS => return true,
         C::FPU => Feature::FPU,
         C::TSC => Feature::TSC,
         C::MSR => Feature::MSR,
@@ -91,7 +92,6 @@ fn has(needed: CpuidFeature, features: &Features) -> bool {
         C::WBNOINVD => Feature::WBNOINVD,
         C::SYSCALL => Feature::SYSCALL,
         C::SEP => Feature::SEP,
-        C::PREFETCHW => Feature::PREFETCHW,
         C::MONITOR => Feature::MONITOR,
         C::VAES => Feature::VAES,
         C::VPCLMULQDQ => Feature::VPCLMULQDQ,

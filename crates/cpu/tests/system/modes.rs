@@ -4,6 +4,7 @@
 use crate::bench::*;
 use crate::guest::{Guest, flat_segments_32};
 use arch::control_registers::{Cr0, Cr4, Efer, Rflags};
+use arch::cpuid::Feature;
 use arch::exit::{ExitReason, TaskSwitchSource, task_switch_qualification};
 use arch::segment::{AccessRights, DescriptorTable, Segment, SegmentName};
 use iced_x86::code_asm::*;
@@ -385,5 +386,41 @@ fn compatibility_mode_enters_the_kernel_through_cstar() {
         let state = &guest.vcpu.state;
         assert_eq!((state.rip, state.regs[1]), (CODE + 0x200, CODE + 2));
         assert!(state.segments[1].access.has(AccessRights::L) && state.cpl() == 0);
+    }
+}
+
+#[test]
+fn a_processor_without_an_extension_ignores_what_selects_it() {
+    let code = |a: &mut CodeAssembler| {
+        a.mov(ecx, 0x50).unwrap();
+        // TZCNT, LZCNT.
+        a.db(&[0xf3, 0x0f, 0xbc, 0xc1]).unwrap();
+        a.db(&[0xf3, 0x0f, 0xbd, 0xd1]).unwrap();
+        // WBNOINVD, CLDEMOTE [RBX], BNDCL BND0, EAX, ENDBR64, PREFETCHIT0 [RIP].
+        a.db(&[0xf3, 0x0f, 0x09]).unwrap();
+        a.db(&[0x0f, 0x1c, 0x03]).unwrap();
+        a.db(&[0xf3, 0x0f, 0x1a, 0xc0]).unwrap();
+        a.db(&[0xf3, 0x0f, 0x1e, 0xfa]).unwrap();
+        a.db(&[0x0f, 0x18, 0x3d, 0, 0, 0, 0]).unwrap();
+        a.hlt().unwrap();
+    };
+    let counts = |absent: &[Feature]| {
+        let mut guest = long_guest();
+        let mut features = eptide_cpu::Vcpu::host_features();
+        for &feature in absent {
+            features.remove(feature);
+        }
+        guest.vcpu.set_features(features, 46);
+        guest.load(&assemble(64, CODE, code));
+        guest.run_to_halt();
+        (guest.vcpu.state.regs[0], guest.vcpu.state.regs[2])
+    };
+    let has = |feature| eptide_cpu::Vcpu::host_features().has(feature);
+    assert_eq!(
+        counts(&[Feature::BMI1, Feature::LZCNT, Feature::WBNOINVD]),
+        (4, 6)
+    );
+    if has(Feature::BMI1) && has(Feature::LZCNT) {
+        assert_eq!(counts(&[]), (4, 25));
     }
 }

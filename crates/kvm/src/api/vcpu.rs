@@ -71,6 +71,12 @@ impl VcpuFd {
         self.vcpu.apic().ok_or(Error::new(libc::EINVAL))
     }
 
+    /// Eptide's own: the file of the ring of coalesced writes, whose first page belongs at the third
+    /// page of every mapping of the vCPU's file.
+    pub fn coalesced_ring(&self) -> RawFd {
+        self.vcpu.vm().coalesced.memory().fd().as_raw_fd()
+    }
+
     /// Eptide's own: a handle that ends this vCPU's KVM_RUN.
     pub fn interrupter(&self) -> Interrupter {
         Interrupter(self.vcpu.shared_mailbox())

@@ -1,0 +1,226 @@
+//! The objects behind the program's descriptors, and when they end.
+//!
+//! Each object has a file in memory. The program is given a descriptor of it; the table here knows
+//! the object by the file's inode, and keeps a descriptor of its own. When the program's last
+//! reference is gone, be it a descriptor or a mapping, in whichever process, the kernel tells that a
+//! file was closed (inotify), and a lease, which only a file's sole opener is granted, tells that
+//! nobody else has it open. The object is dropped then. A VM lives on with its vCPUs.
+
+use crate::symbols::overlay;
+use kvm::ioctl::{Answer, Object};
+use kvm::{Kvm, VcpuFd, VmFd};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use rustix::fs::{MemfdFlags, Mode, OFlags};
+use rustix::mm::ProtFlags;
+use std::collections::HashMap;
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, LazyLock, OnceLock, PoisonError, RwLock};
+
+const PAGE: usize = 4096;
+/// The page of a vCPU's file that is the VM's ring of coalesced writes.
+const RING_PAGE: usize = 2;
+
+enum Kind {
+    System(Kvm),
+    Vm(VmFd),
+    Vcpu(VcpuFd),
+}
+
+/// An object and this library's descriptor of its file.
+struct Known {
+    kind: Kind,
+    file: OwnedFd,
+    /// The process it belongs to: how often its ancestors had forked.
+    process: u32,
+}
+
+/// A file's device and inode.
+type Identity = (u64, u64);
+
+type Table = RwLock<HashMap<Identity, Arc<Known>>>;
+
+static OBJECTS: LazyLock<Table> = LazyLock::new(Table::default);
+/// There are or were objects: most programs that load this library never ask for one.
+static IS_USED: AtomicBool = AtomicBool::new(false);
+/// Counts forks from parent to child: a VM is its creator's alone.
+static PROCESS: AtomicU32 = AtomicU32::new(0);
+
+fn errno(error: rustix::io::Errno) -> i32 {
+    error.raw_os_error()
+}
+
+fn identity(fd: BorrowedFd<'_>) -> Option<Identity> {
+    let stat = rustix::fs::fstat(fd).ok()?;
+    Some((stat.st_dev, stat.st_ino))
+}
+
+fn find(fd: RawFd) -> Option<Arc<Known>> {
+    if fd < 0 || !IS_USED.load(Ordering::Relaxed) {
+        return None;
+    }
+    // SAFETY: the descriptor is used for one call, which fails if it is not open.
+    let identity = identity(unsafe { BorrowedFd::borrow_raw(fd) })?;
+    let objects = OBJECTS.read().unwrap_or_else(PoisonError::into_inner);
+    objects.get(&identity).cloned()
+}
+
+/// Another open file of what a descriptor refers to.
+fn reopen(file: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd, i32> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    rustix::fs::open(path, OFlags::RDWR | flags, Mode::empty()).map_err(errno)
+}
+
+/// Puts an object into the table; the program's descriptor.
+fn publish(kind: Kind, file: BorrowedFd<'_>, flags: OFlags) -> Result<RawFd, i32> {
+    let own = reopen(file, OFlags::CLOEXEC)?;
+    let given = reopen(file, flags)?;
+    let identity = identity(own.as_fd()).ok_or(libc::EBADF)?;
+    watch(own.as_fd());
+    let known = Known {
+        kind,
+        file: own,
+        process: PROCESS.load(Ordering::Relaxed),
+    };
+    let mut objects = OBJECTS.write().unwrap_or_else(PoisonError::into_inner);
+    objects.insert(identity, Arc::new(known));
+    IS_USED.store(true, Ordering::Relaxed);
+    Ok(given.into_raw_fd())
+}
+
+/// Opens `/dev/kvm`.
+pub(crate) fn open(flags: libc::c_int) -> Result<libc::c_int, i32> {
+    guarded(|| {
+        count_forks();
+        let kvm = Kvm::new().map_err(|error| error.errno())?;
+        let file = rustix::fs::memfd_create("kvm", MemfdFlags::CLOEXEC).map_err(errno)?;
+        let flags = OFlags::from_bits_retain(flags as u32) & OFlags::CLOEXEC;
+        publish(Kind::System(kvm), file.as_fd(), flags)
+    })
+}
+
+/// An ioctl of KVM's on a descriptor; `None` if that is not one of an object here.
+pub(crate) fn ioctl(fd: RawFd, request: u32, argument: u64) -> Option<Result<libc::c_int, i32>> {
+    let known = find(fd)?;
+    Some(guarded(|| {
+        if known.process != PROCESS.load(Ordering::Relaxed) {
+            return Err(libc::EIO);
+        }
+        let object = match &known.kind {
+            Kind::System(kvm) => Object::System(kvm),
+            Kind::Vm(vm) => Object::Vm(vm),
+            Kind::Vcpu(vcpu) => Object::Vcpu(vcpu),
+        };
+        match kvm::ioctl::ioctl(object, request, argument).map_err(|error| error.errno())? {
+            Answer::Value(value) => Ok(value as libc::c_int),
+            Answer::Vm(vm) => {
+                // SAFETY: the VM keeps its descriptor open while it lives.
+                let file = unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) };
+                publish(Kind::Vm(vm), file, OFlags::CLOEXEC)
+            }
+            Answer::Vcpu(vcpu) => {
+                // SAFETY: as above.
+                let file = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+                publish(Kind::Vcpu(vcpu), file, OFlags::CLOEXEC)
+            }
+            Answer::Descriptor(descriptor) => Ok(descriptor.into_raw_fd()),
+        }
+    }))
+}
+
+/// A panic must not reach the program, which is in another language.
+fn guarded(body: impl FnOnce() -> Result<libc::c_int, i32>) -> Result<libc::c_int, i32> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or(Err(libc::EIO))
+}
+
+/// The program has mapped a file: if it is a vCPU's and the ring's page is among what is mapped,
+/// puts the VM's ring there.
+pub(crate) fn map_shared_page(
+    fd: RawFd,
+    address: usize,
+    length: usize,
+    offset: i64,
+    protection: ProtFlags,
+) -> Result<(), i32> {
+    let Some(known) = find(fd) else { return Ok(()) };
+    let Kind::Vcpu(vcpu) = &known.kind else {
+        return Ok(());
+    };
+    let first = offset as usize / PAGE;
+    if !(first..first + length.div_ceil(PAGE)).contains(&RING_PAGE) {
+        return Ok(());
+    }
+    // SAFETY: the vCPU's VM keeps the descriptor open while it lives.
+    let ring = unsafe { BorrowedFd::borrow_raw(vcpu.coalesced_ring()) };
+    // SAFETY: inside what the program has mapped just now.
+    unsafe { overlay(address + (RING_PAGE - first) * PAGE, protection, ring) }
+}
+
+/// Counts forks from now on.
+fn count_forks() {
+    extern "C" fn forked() {
+        PROCESS.fetch_add(1, Ordering::Relaxed);
+    }
+    static COUNTS: OnceLock<()> = OnceLock::new();
+    // SAFETY: the function may be called in a child with one thread: it only counts.
+    COUNTS.get_or_init(|| unsafe {
+        libc::pthread_atfork(None, None, Some(forked));
+    });
+}
+
+/// Watches a file for the program's last reference.
+fn watch(file: BorrowedFd<'_>) {
+    static WATCH: OnceLock<Option<RawFd>> = OnceLock::new();
+    let watch = *WATCH.get_or_init(|| {
+        let watch = inotify::init(CreateFlags::CLOEXEC).ok()?.into_raw_fd();
+        // SAFETY: the descriptor is never closed.
+        let watched = unsafe { BorrowedFd::borrow_raw(watch) };
+        kvm::helpers::spawn("kvm-close", move || reap(watched)).ok()?;
+        Some(watch)
+    });
+    // Without it objects stay until the program ends.
+    if let Some(watch) = watch {
+        // SAFETY: as above.
+        let watch = unsafe { BorrowedFd::borrow_raw(watch) };
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let _ = inotify::add_watch(watch, path, WatchFlags::CLOSE);
+    }
+}
+
+/// Drops objects that the program has let go of.
+fn reap(watch: BorrowedFd<'_>) {
+    let mut buffer = [MaybeUninit::uninit(); 4096];
+    let mut events = inotify::Reader::new(watch, &mut buffer);
+    loop {
+        match events.next() {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return,
+        }
+        let mut ended = Vec::new();
+        let mut objects = OBJECTS.write().unwrap_or_else(PoisonError::into_inner);
+        objects.retain(|_, known| {
+            let is_open = is_open_elsewhere(&known.file);
+            if !is_open {
+                ended.push(known.clone());
+            }
+            is_open
+        });
+        drop(objects);
+        // Here and not under the lock: a VM's end waits for threads.
+        drop(ended);
+    }
+}
+
+/// Whether a file is open besides by this descriptor.
+fn is_open_elsewhere(file: &OwnedFd) -> bool {
+    let lease = |kind: libc::c_int| {
+        // SAFETY: has no conditions.
+        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) }
+    };
+    if lease(libc::F_WRLCK) == 0 {
+        lease(libc::F_UNLCK);
+        return false;
+    }
+    true
+}
