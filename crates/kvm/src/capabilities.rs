@@ -168,10 +168,10 @@ pub(crate) fn enable(vm: &Vm, request: &kvm_enable_cap) -> Result<()> {
             reject_unknown(X2APIC_FLAGS)?;
             let wide = value & KVM_X2APIC_API_USE_32BIT_IDS as u64 != 0;
             let no_quirk = value & KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK as u64 != 0;
-            vm.update_settings(|s| {
-                s.x2apic_wide |= wide;
-                s.x2apic_no_broadcast_quirk |= no_quirk;
-            });
+            vm.update_settings(|s| s.x2apic_wide |= wide);
+            if no_quirk {
+                vm.disable_broadcast_quirk();
+            }
             if let Some(chip) = vm.irqchip().filter(|_| wide) {
                 chip.set_wide();
             }
@@ -184,7 +184,7 @@ pub(crate) fn enable(vm: &Vm, request: &kvm_enable_cap) -> Result<()> {
             let hlt = value & KVM_X86_DISABLE_EXITS_HLT as u64 != 0;
             vm.update_settings(|s| s.halts_in_guest |= hlt);
         }
-        KVM_CAP_MSR_PLATFORM_INFO => {}
+        KVM_CAP_MSR_PLATFORM_INFO => vm.update_settings(|s| s.hides_platform_info = value == 0),
         KVM_CAP_EXCEPTION_PAYLOAD => vm.update_settings(|s| s.exception_payload = value != 0),
         KVM_CAP_X86_TRIPLE_FAULT_EVENT => {
             vm.update_settings(|s| s.triple_fault_event = value != 0);

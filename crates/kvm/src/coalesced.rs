@@ -90,6 +90,14 @@ impl Coalesced {
         Ok(())
     }
 
+    /// Whether a zone begins at or before an address and ends after it.
+    pub(crate) fn concerns(&self, space: IoSpace, address: u64) -> bool {
+        let zones = self.zones.read().unwrap_or_else(PoisonError::into_inner);
+        zones.iter().any(|zone| {
+            zone.space == space && address.wrapping_sub(zone.address) < zone.size as u64
+        })
+    }
+
     /// Puts a write into the ring; false if no zone holds it or the ring is full.
     pub(crate) fn push(&self, space: IoSpace, address: u64, data: &[u8]) -> bool {
         if !self.has_zones.load(Ordering::Relaxed) {

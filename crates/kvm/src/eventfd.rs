@@ -96,11 +96,15 @@ struct IrqFd {
     gsi: u32,
     resample: Option<Registered>,
     chip: Weak<IrqChip>,
+    /// Cleared when the irqfd is taken away; nothing is raised afterwards.
+    is_assigned: Mutex<bool>,
 }
 
 impl IrqFd {
     fn signalled(&self) {
-        if !self.event.consume() {
+        let assigned = self.is_assigned.lock();
+        let assigned = assigned.unwrap_or_else(PoisonError::into_inner);
+        if !*assigned || !self.event.consume() {
             return;
         }
         let Some(chip) = self.chip.upgrade() else {
@@ -111,6 +115,14 @@ impl IrqFd {
         } else {
             chip.pulse(self.gsi);
         }
+    }
+}
+
+impl IrqFd {
+    /// When this returns, the irqfd raises nothing any more.
+    fn unassign(&self) {
+        let assigned = self.is_assigned.lock();
+        *assigned.unwrap_or_else(PoisonError::into_inner) = false;
     }
 }
 
@@ -191,6 +203,7 @@ impl IrqFds {
             gsi,
             resample,
             chip: Arc::downgrade(chip),
+            is_assigned: Mutex::new(true),
         });
         if irqfd.resample.is_some() {
             let notifier: Arc<dyn AckNotifier> = irqfd.clone();
@@ -221,6 +234,15 @@ impl IrqFds {
             && let Some(waiter) = &table.thread
         {
             let _ = epoll::delete(&*waiter.epoll, &irqfd.event.fd);
+            irqfd.unassign();
+            // The last that shares the line lets go of it.
+            let shares = |other: &Arc<IrqFd>| other.gsi == gsi && other.resample.is_some();
+            if shares(&irqfd)
+                && !table.by_key.values().any(shares)
+                && let Some(chip) = irqfd.chip.upgrade()
+            {
+                chip.set_line(gsi, LineSource::Resample, false);
+            }
         }
         Ok(())
     }
@@ -384,6 +406,12 @@ impl IoEventFds {
         self.is_used
             .load(Ordering::Relaxed)
             .then(|| self.all.load())
+    }
+
+    /// Whether some ioeventfd is at an address.
+    pub fn concerns(&self, space: IoSpace, address: u64) -> bool {
+        let at = |event: &Arc<IoEventFd>| event.space == space && event.address == address;
+        self.registered().is_some_and(|all| all.iter().any(at))
     }
 
     /// Signals the ioeventfd that a write matches; false if none does.

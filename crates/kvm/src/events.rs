@@ -37,6 +37,8 @@ pub(crate) struct Events {
     pub(crate) nmis: u32,
     /// An external interrupt that user space injected with KVM_INTERRUPT.
     pub(crate) interrupt: Option<u8>,
+    /// The same for a processor with a local APIC, which takes it from an 8259 in user space.
+    pub(crate) external: Option<u8>,
     /// The next entry shuts the processor down.
     pub(crate) triple_fault: bool,
 }
@@ -105,6 +107,16 @@ impl Events {
             InterruptionType::ExternalInterrupt => self.interrupt = Some(event.info.vector()),
             InterruptionType::Nmi => self.nmis += 1,
             _ => {}
+        }
+    }
+
+    /// The most NMIs that wait: one, and one more that is in service at once if none is now.
+    pub(crate) fn most_nmis(&self, blocking: Interruptibility) -> u32 {
+        let is_nmi = |event: Injection| event.info.kind() == InterruptionType::Nmi;
+        if blocking.contains(Interruptibility::NMI) || self.again.is_some_and(is_nmi) {
+            1
+        } else {
+            2
         }
     }
 

@@ -128,6 +128,11 @@ impl Mailbox {
         self.post(Request::NMI);
     }
 
+    /// The NMIs sent and not taken.
+    pub fn sent_nmis(&self) -> u32 {
+        self.nmis.load(Ordering::SeqCst)
+    }
+
     /// Takes the NMIs sent since the last call.
     pub fn take_nmis(&self) -> u32 {
         self.nmis.swap(0, Ordering::SeqCst)

@@ -319,6 +319,7 @@ fn nested_exit(core: &mut Core, vcpu: &Vcpu, exit: &VmExit, observed: bool) -> O
     if core.has_shadow_paging {
         return exits::shadow::nested_exit(core, vcpu, exit);
     }
+    exits::forget_missing_memory(core, vcpu);
     let code = match exit.reason {
         ExitReason::EptViolation => match exits::violation_code(exit) {
             code if observed && code.contains(ErrorCode::FETCH) => {
@@ -375,6 +376,10 @@ fn exit_mmio(core: &mut Core, vcpu: &Vcpu, gpa: u64, length: usize, write: Optio
 pub(crate) fn complete_read(core: &mut Core, vcpu: &Vcpu) -> Outcome {
     // SAFETY: the exit that this completes filled this member, and every bit pattern is valid.
     let data = unsafe { vcpu.kvm_run(core).__bindgen_anon_1.mmio.data };
+    if core.cpu.state.rip != core.emulation.rip {
+        // User space put the vCPU elsewhere: this instruction is given up.
+        return Outcome::Resume;
+    }
     let emulation = &mut core.emulation;
     let (Some(done), Some(transfer)) = (emulation.asking.take(), emulation.answered.last_mut())
     else {

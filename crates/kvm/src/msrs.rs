@@ -118,7 +118,12 @@ static TABLE: &[Row] = &[
     ),
     one(msr::SMBASE, State, h::read_smbase, h::write_smbase),
     one(msr::FSB_FREQ, No, h::read_fsb_freq, h::reject),
-    one(msr::PLATFORM_INFO, State, h::read_stored, h::write_trusted),
+    one(
+        msr::PLATFORM_INFO,
+        State,
+        h::read_platform_info,
+        h::write_trusted,
+    ),
     one(msr::MTRRCAP, No, h::read_mtrr_cap, h::reject),
     one(
         msr::ARCH_CAPABILITIES,

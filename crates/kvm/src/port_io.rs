@@ -249,16 +249,25 @@ fn string(core: &mut Core, vcpu: &Vcpu, exit: &VmExit, access: IoAccess) -> Outc
         if let Err(outcome) = store(core, vcpu, &operand, bytes) {
             return outcome;
         }
-    } else if !write_here(vcpu, access.port, &bytes[..size]) {
-        vcpu.run_area().write_pio(bytes);
-        return to_user(core, vcpu, exit, access, count, operand);
-    } else {
-        for element in bytes.chunks(size).skip(1) {
-            write_here(vcpu, access.port, element);
-        }
+        finish_string(core, &access, count, mask, length);
+        return Outcome::Resume;
     }
-    finish_string(core, &access, count, mask, length);
-    Outcome::Resume
+    let taken = bytes
+        .chunks(size)
+        .take_while(|element| write_here(vcpu, access.port, element))
+        .count();
+    if taken != 0 {
+        // A doorbell may want other data, and the ring may be full: the rest goes its own way.
+        finish_string(core, &access, taken, mask, length);
+        return Outcome::Resume;
+    }
+    let vm = vcpu.vm();
+    let port = access.port as u64;
+    let one_by_one =
+        vm.ioeventfds.concerns(IoSpace::Port, port) || vm.coalesced.concerns(IoSpace::Port, port);
+    let count = if one_by_one { 1 } else { count };
+    vcpu.run_area().write_pio(&bytes[..count * size]);
+    to_user(core, vcpu, exit, access, count, operand)
 }
 
 /// How many elements go at once: those in the first page, one when counting down.

@@ -8,7 +8,7 @@
 use crate::error::{Error, Result};
 use crate::run_area::SharedMemory;
 use kvm_bindings::{kvm_stats_desc, kvm_stats_header};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes of each name, the terminating zero included.
@@ -72,8 +72,14 @@ impl StatsFile {
         }
     }
 
-    /// A descriptor of the file.
+    /// A descriptor of the file, for reading and with a position of its own where the process can
+    /// open what it has open.
     pub(crate) fn descriptor(&self) -> Result<OwnedFd> {
+        use rustix::fs::{Mode, OFlags, open};
+        let path = format!("/proc/self/fd/{}", self.memory.fd().as_raw_fd());
+        if let Ok(own) = open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()) {
+            return Ok(own);
+        }
         rustix::io::fcntl_dupfd_cloexec(self.memory.fd(), 3)
             .map_err(|error| Error::new(error.raw_os_error()))
     }

@@ -413,8 +413,10 @@ impl Vcpu {
         let _ring = crate::dirty_ring::enter(self.ring.as_deref());
         self.running.store(true, Ordering::Relaxed);
         crate::watch::begin(self);
-        core.sync_in(self)?;
-        let result = core.run(self);
+        let result = match core.sync_in(self) {
+            Ok(()) => core.run(self),
+            Err(error) => Err(error),
+        };
         core.leave_guest_mode();
         self.running.store(false, Ordering::Relaxed);
         core.leave(self);
@@ -555,8 +557,8 @@ impl Core {
 
     /// User space wants to inject an interrupt, and can.
     fn interrupt_window_wanted(&self, vcpu: &Vcpu) -> bool {
-        vcpu.apic().is_none()
-            && vcpu.kvm_run(self).request_interrupt_window != 0
+        vcpu.kvm_run(self).request_interrupt_window != 0
+            && vcpu.vm().has_user_pic()
             && self.ready_for_interrupt(vcpu)
     }
 
@@ -631,7 +633,7 @@ impl Core {
         run.flags = if state.smm { KVM_RUN_X86_SMM as u16 } else { 0 };
         run.cr8 = vcpu.cr8(self);
         run.apic_base = vcpu.apic_base(self);
-        run.ready_for_interrupt_injection = (ready || vcpu.apic().is_some()) as u8;
+        run.ready_for_interrupt_injection = (ready || !vcpu.vm().has_user_pic()) as u8;
         self.sync_out(vcpu);
         if let Some(stats) = &self.stats {
             stats.update(self.counters.named().into_iter().map(|(_, value)| value));
@@ -683,6 +685,7 @@ impl Core {
             self.cpu.state.cr8 = cr8;
             self.look_for_events = true;
         }
+        self.look_for_events |= vcpu.kvm_run(self).request_interrupt_window != 0;
         Ok(())
     }
 

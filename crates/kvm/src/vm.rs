@@ -6,7 +6,8 @@ use crate::error::{Error, Result, fail};
 use crate::eventfd::{IoEventFds, IrqFds};
 use crate::irqchip::apics::Apics;
 use crate::irqchip::lapic::ApicConfig;
-use crate::irqchip::routing::{MAX_ROUTES, Routing};
+use crate::irqchip::message::Delivery;
+use crate::irqchip::routing::{MAX_ROUTES, Route, Routing};
 use crate::irqchip::{IrqChip, LineSource, Model};
 use crate::mailbox::{Mailbox, Request};
 use crate::run_area::SharedMemory;
@@ -75,8 +76,8 @@ impl mmu::Processors for Processors {
 pub(crate) struct Settings {
     pub(crate) boot_vcpu: u32,
     pub(crate) x2apic_wide: bool,
-    /// KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK.
-    pub(crate) x2apic_no_broadcast_quirk: bool,
+    /// The guest's reads of MSR_PLATFORM_INFO raise #GP (KVM_CAP_MSR_PLATFORM_INFO).
+    pub(crate) hides_platform_info: bool,
     pub(crate) exception_payload: bool,
     pub(crate) triple_fault_event: bool,
     /// Hypercalls that exit to user space, by number.
@@ -99,7 +100,7 @@ impl Default for Settings {
         Settings {
             boot_vcpu: 0,
             x2apic_wide: false,
-            x2apic_no_broadcast_quirk: false,
+            hides_platform_info: false,
             exception_payload: false,
             triple_fault_event: false,
             exit_hypercalls: 0,
@@ -287,6 +288,11 @@ impl Vm {
         self.settings().boot_vcpu == id
     }
 
+    /// KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK.
+    pub(crate) fn disable_broadcast_quirk(&self) {
+        self.apics.disable_broadcast_quirk();
+    }
+
     /// The configuration of new local APICs, if they are in this process.
     pub(crate) fn apic_config(&self) -> Option<ApicConfig> {
         let chip = self.irqchip.get()?;
@@ -310,6 +316,13 @@ impl Vm {
         }
     }
 
+    /// Whether the 8259s, if there are any, are user space's, which speaks for them with
+    /// KVM_INTERRUPT.
+    pub(crate) fn has_user_pic(&self) -> bool {
+        self.irqchip()
+            .is_none_or(|chip| chip.model() != Model::Full)
+    }
+
     /// KVM_CREATE_IRQCHIP.
     pub(crate) fn create_irqchip(&self) -> Result<()> {
         self.install_irqchip(Model::Full)
@@ -317,7 +330,7 @@ impl Vm {
 
     /// KVM_CAP_SPLIT_IRQCHIP.
     pub(crate) fn split_irqchip(&self, pins: u64) -> Result<()> {
-        if pins > 1024 {
+        if pins > MAX_ROUTES as u64 {
             return fail(libc::EINVAL);
         }
         self.install_irqchip(Model::Split {
@@ -361,7 +374,15 @@ impl Vm {
         if flags != 0 || entries.len() > MAX_ROUTES {
             return fail(libc::EINVAL);
         }
-        chip.set_routing(Routing::from_entries(entries, chip.model() == Model::Full)?);
+        let routing = Routing::from_entries(entries, chip.model() == Model::Full)?;
+        let valid = |route: &Route| match *route {
+            Route::Msi { address, .. } => chip.is_msi_address(address),
+            _ => true,
+        };
+        if !routing.all().all(valid) {
+            return fail(libc::EINVAL);
+        }
+        chip.set_routing(routing);
         Ok(())
     }
 
@@ -371,7 +392,7 @@ impl Vm {
             return fail(libc::ENXIO);
         };
         if gsi as usize >= MAX_ROUTES {
-            return fail(libc::EINVAL);
+            return Ok(Delivery::Ignored.status());
         }
         Ok(chip.set_line(gsi, LineSource::UserSpace, high).status())
     }
@@ -385,7 +406,13 @@ impl Vm {
             return fail(libc::EINVAL);
         }
         let address = msi.address_lo as u64 | (msi.address_hi as u64) << 32;
-        Ok(chip.send_msi(address, msi.data).status().max(0))
+        if !chip.is_msi_address(address) {
+            return fail(libc::EINVAL);
+        }
+        match chip.send_msi(address, msi.data) {
+            Delivery::Ignored if !chip.has_destination(address, msi.data) => fail(libc::EPERM),
+            delivery => Ok(delivery.status().max(0)),
+        }
     }
 
     /// KVM_IRQFD.
@@ -481,7 +508,8 @@ impl Vm {
 
     /// KVM_SET_TSS_ADDR: recorded; this processor needs no TSS of its own for real mode.
     pub(crate) fn set_tss_address(&self, address: u64) -> Result<()> {
-        if address > 0xffff_ffff - 3 * 4096 {
+        const SEGMENT: u64 = 3 * 4096;
+        if address > (1 << 32) - SEGMENT {
             return fail(libc::EINVAL);
         }
         self.tss_address.store(address, Ordering::Relaxed);
@@ -503,8 +531,9 @@ impl Vm {
         self.default_tsc_khz.load(Ordering::Relaxed)
     }
 
-    /// KVM_SET_TSC_KHZ on the VM.
+    /// KVM_SET_TSC_KHZ on the VM; 0 is the host's frequency.
     pub(crate) fn set_default_tsc_khz(&self, khz: u64) {
+        let khz = if khz == 0 { tsc_khz() } else { khz };
         self.default_tsc_khz.store(khz, Ordering::Relaxed);
     }
 
@@ -584,7 +613,9 @@ impl Vm {
 
     /// KVM_SET_CLOCK.
     pub(crate) fn set_clock(&self, data: &kvm_clock_data) -> Result<()> {
-        if data.flags & !KVM_CLOCK_REALTIME != 0 {
+        // What KVM_GET_CLOCK answers can be given back.
+        let known = KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC;
+        if data.flags & !known != 0 {
             return fail(libc::EINVAL);
         }
         let mut clock = data.clock;

@@ -24,6 +24,8 @@ impl Options {
     }
 }
 
+#[path = "corners.rs"]
+mod corners;
 #[path = "events.rs"]
 mod events;
 #[path = "guests.rs"]

@@ -1,8 +1,12 @@
 //! The guest tests once more, in VMs without EPT.
 #![allow(clippy::duplicate_mod, reason = "each program has a module of helpers")]
 
+#[path = "corners.rs"]
+mod corners;
 #[path = "events.rs"]
 mod events;
+#[path = "execution_traps.rs"]
+mod execution_traps;
 #[path = "guests.rs"]
 mod guests;
 #[path = "halts.rs"]
@@ -15,6 +19,8 @@ mod processors;
 mod smm;
 #[path = "stress.rs"]
 mod stress;
+#[path = "task_priority.rs"]
+mod task_priority;
 #[path = "task_switch.rs"]
 mod task_switch;
 #[path = "timers.rs"]

@@ -372,7 +372,7 @@ impl VcpuFd {
         Ok(())
     }
 
-    /// KVM_INTERRUPT, for a local APIC in user space.
+    /// KVM_INTERRUPT, for a local APIC or an 8259 in user space.
     pub fn interrupt(&self, vector: u32) -> Result<()> {
         self.core()?.queue_interrupt(&self.vcpu, vector)
     }

@@ -235,13 +235,18 @@ impl VmFd {
             .apply(&ioevent(fd, addr, datamatch, flags))
     }
 
-    /// KVM_GET_DIRTY_LOG.
-    pub fn get_dirty_log(&self, slot: u32, memory_size: usize) -> Result<Vec<u64>> {
-        let (space, number) = slot_number(slot)?;
-        // Rings and bitmaps exclude each other.
+    /// Rings and bitmaps exclude each other.
+    pub(crate) fn check_bitmaps(&self) -> Result<()> {
         if self.vm.settings().dirty_ring != 0 {
             return fail(libc::ENXIO);
         }
+        Ok(())
+    }
+
+    /// KVM_GET_DIRTY_LOG.
+    pub fn get_dirty_log(&self, slot: u32, memory_size: usize) -> Result<Vec<u64>> {
+        let (space, number) = slot_number(slot)?;
+        self.check_bitmaps()?;
         if self.vm.logs_pages() {
             self.vm.mmu.synchronize();
         }
@@ -276,6 +281,7 @@ impl VmFd {
         bitmap: &[u64],
     ) -> Result<()> {
         let (space, number) = slot_number(slot)?;
+        self.check_bitmaps()?;
         let cleared =
             self.vm
                 .mmu

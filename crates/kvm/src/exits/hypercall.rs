@@ -38,6 +38,11 @@ pub(super) fn vmcall(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
         return finish(core, -error::NOT_PERMITTED);
     }
     if number == MAP_GPA_RANGE && vcpu.vm().settings().exit_hypercalls >> number & 1 != 0 {
+        let [start, pages, ..] = arguments;
+        let first = start >> 12;
+        if start & 0xfff != 0 || pages == 0 || first.checked_add(pages).is_none() {
+            return finish(core, -error::INVALID);
+        }
         return exit_to_user(core, vcpu, number, arguments, wide);
     }
     let result = execute(core, vcpu, number, arguments);

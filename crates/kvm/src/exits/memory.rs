@@ -15,22 +15,41 @@ use kvm_bindings::*;
 use mmu::{FaultError, FaultResult};
 
 pub(super) fn ept_violation(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
-    if core.has_shadow_paging {
-        return super::shadow::host_fault(core, vcpu, exit);
-    }
-    core.counters.page_faults += 1;
     let qualification = EptViolation::from_bits_retain(exit.qualification);
     let delivering = exit.idt_vectoring_info.is_valid();
     if !delivering && qualification.contains(EptViolation::NMI_UNBLOCKING) {
         // The IRET that unblocked NMIs will be executed again: until then they stay blocked.
         core.cpu.state.interruptibility |= Interruptibility::NMI;
     }
+    if core.has_shadow_paging {
+        return super::shadow::host_fault(core, vcpu, exit);
+    }
+    core.counters.page_faults += 1;
+    forget_missing_memory(core, vcpu);
     let linear = qualification.contains(EptViolation::LINEAR_VALID);
     if qualification.contains(EptViolation::FINAL) && !linear {
         return unknown(core, vcpu, exit);
     }
     let code = error_code(qualification);
     resolve(core, vcpu, exit, code)
+}
+
+/// Where the exit is due to host memory that the VMM took away without a word, what is known of
+/// that page is forgotten: whether the memory is there is found out anew.
+pub(crate) fn forget_missing_memory(core: &mut Core, vcpu: &Vcpu) {
+    let Some(gpa) = core.cpu.take_host_fault() else {
+        return;
+    };
+    let mmu = &vcpu.vm().mmu;
+    let gfn = Gpa::new(gpa).gfn();
+    let slots = mmu.slots();
+    let page = slots
+        .find(core.mmu.address_space(), gfn)
+        .map(|slot| slot.hva_of(gfn));
+    drop(slots);
+    if let Some(page) = page {
+        drop(mmu.invalidate(page..page.wrapping_add(4096)));
+    }
 }
 
 /// The page-fault error code that an exit qualification amounts to.
@@ -184,10 +203,17 @@ fn delivery_failed(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
     internal_error(core, vcpu, KVM_INTERNAL_ERROR_DELIVERY_EV, &data)
 }
 
-/// An instruction that cannot be emulated: KVM_EXIT_INTERNAL_ERROR with its bytes.
+/// An instruction that cannot be emulated: KVM_EXIT_INTERNAL_ERROR with its bytes. To a program of
+/// the guest's it is an undefined instruction, unless user space asked for all failures.
 #[cold]
 pub(crate) fn emulation_failure(core: &mut Core, vcpu: &Vcpu) -> Outcome {
     core.counters.emulation_failures += 1;
+    if !vcpu.vm().settings().exit_on_emulation_failure {
+        core.raise(Exception::InvalidOpcode);
+        if core.cpu.state.cpl() != 0 {
+            return Outcome::Resume;
+        }
+    }
     let (bytes, length) = core.instruction_bytes(vcpu);
     let state = &core.cpu.state;
     tracing::warn!(

@@ -196,6 +196,7 @@ fn get_dirty_log(vm: &VmFd, address: u64) -> Result<Answer> {
     let log: kvm_dirty_log = read(address)?;
     // SAFETY: both members of the union are the same address.
     let bitmap = unsafe { log.__bindgen_anon_1.padding2 };
+    vm.check_bitmaps()?;
     let pages = vm.slot_pages(log.slot)?;
     let words = vm.get_dirty_log(log.slot, pages as usize * 4096)?;
     write_array(bitmap, &words)?;
@@ -204,6 +205,7 @@ fn get_dirty_log(vm: &VmFd, address: u64) -> Result<Answer> {
 
 fn clear_dirty_log(vm: &VmFd, address: u64) -> Result<Answer> {
     let log: kvm_clear_dirty_log = read(address)?;
+    vm.check_bitmaps()?;
     if log.first_page & 63 != 0 {
         return fail(libc::EINVAL);
     }
@@ -271,7 +273,7 @@ fn set_signal_mask(vcpu: &VcpuFd, address: u64) -> Result<Answer> {
 
 fn memory_region2(vm: &VmFd, address: u64) -> Result<Answer> {
     let region: kvm_userspace_memory_region2 = read(address)?;
-    if region.flags & KVM_MEM_GUEST_MEMFD != 0 || region.guest_memfd_offset != 0 {
+    if region.flags & KVM_MEM_GUEST_MEMFD != 0 {
         return fail(libc::EINVAL);
     }
     vm.inner().set_memory_region(&kvm_userspace_memory_region {
@@ -422,7 +424,7 @@ table! {
             let request: kvm_translation = read(at)?;
             give(at, vcpu.translate_gva(request.linear_address))
         };
-        0x86 KVM_INTERRUPT (write kvm_interrupt) [] "Injects an interrupt, for a local APIC in user space." => |vcpu, at| take(at, |interrupt: kvm_interrupt| vcpu.interrupt(interrupt.irq));
+        0x86 KVM_INTERRUPT (write kvm_interrupt) [] "Injects an interrupt, for a local APIC or an 8259 in user space." => |vcpu, at| take(at, |interrupt: kvm_interrupt| vcpu.interrupt(interrupt.irq));
         0x88 KVM_GET_MSRS (both kvm_msrs) [] "Values of MSRs; how many were read." => |vcpu, at| {
             let mut entries = take_msrs(at)?;
             let read = vcpu.read_msrs(&mut entries)?;

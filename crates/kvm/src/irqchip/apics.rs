@@ -4,7 +4,7 @@ use super::lapic::LocalApic;
 use super::message::{Delivery, DeliveryMode, Message, Shorthand};
 use arc_swap::ArcSwap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// Every local APIC of a VM. Read-mostly: vCPUs are added while others run.
 #[derive(Default)]
@@ -12,6 +12,9 @@ pub struct Apics {
     all: ArcSwap<Vec<Arc<LocalApic>>>,
     /// Where lowest-priority arbitration starts looking, so that equals take turns.
     turn: AtomicUsize,
+    /// KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK: to an x2APIC, destination 255 of a device's message
+    /// is one processor, not all.
+    without_broadcast_quirk: AtomicBool,
 }
 
 impl Apics {
@@ -27,6 +30,23 @@ impl Apics {
         self.all.load()
     }
 
+    /// KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK.
+    pub fn disable_broadcast_quirk(&self) {
+        self.without_broadcast_quirk.store(true, Ordering::Relaxed);
+    }
+
+    fn has_quirk(&self) -> bool {
+        !self.without_broadcast_quirk.load(Ordering::Relaxed)
+    }
+
+    /// Whether a device's message is for any of these.
+    pub fn has_destination(&self, message: &Message) -> bool {
+        let quirk = self.has_quirk();
+        let all = self.all.load();
+        all.iter()
+            .any(|apic| apic.is_addressed(message, None, quirk))
+    }
+
     /// Delivers `message`, sent by the APIC `source` or by a device.
     pub fn deliver(&self, message: &Message, source: Option<&LocalApic>) -> Delivery {
         let all = self.all.load();
@@ -35,7 +55,10 @@ impl Apics {
         {
             return own.deliver(message.mode, message.vector, message.level, message.assert);
         }
-        let mut targets = all.iter().filter(|apic| apic.is_addressed(message, source));
+        let quirk = self.has_quirk();
+        let mut targets = all
+            .iter()
+            .filter(|apic| apic.is_addressed(message, source, quirk));
         if message.mode == DeliveryMode::LowestPriority {
             let start = self.turn.fetch_add(1, Ordering::Relaxed);
             let candidates: Vec<_> = targets.filter(|a| a.takes_lowest_priority()).collect();
@@ -65,8 +88,9 @@ impl Apics {
     }
 }
 
+/// Whether the destination may be all processors: that is for each of them to know.
 fn is_broadcast(message: &Message) -> bool {
-    message.destination == if message.wide { !0 } else { 0xff }
+    matches!(message.destination, 0xff | u32::MAX)
 }
 
 fn deliver(apic: &LocalApic, message: &Message) -> Delivery {

@@ -394,24 +394,34 @@ impl LocalApic {
         self.address.mode.load(Ordering::Acquire) & MODE_ENABLED != 0
     }
 
-    /// Whether a shorthand, destination and logical flag name this APIC.
-    pub fn is_addressed(&self, message: &Message, source: Option<&LocalApic>) -> bool {
+    /// Whether a shorthand, destination and logical flag name this APIC. `quirk`: destination 255 of
+    /// a device's message is everyone, to an x2APIC too.
+    pub fn is_addressed(&self, message: &Message, source: Option<&LocalApic>, quirk: bool) -> bool {
         let own = source.is_some_and(|s| std::ptr::eq(s, self));
         match message.shorthand {
             Shorthand::Own => own,
             Shorthand::All => true,
             Shorthand::Others => !own,
-            Shorthand::None => self.destination_matches(message),
+            Shorthand::None => {
+                let narrow = if source.is_some() {
+                    !message.wide
+                } else {
+                    quirk
+                };
+                self.destination_matches(message, narrow)
+            }
         }
     }
 
-    fn destination_matches(&self, message: &Message) -> bool {
+    /// `narrow`: to an x2APIC, destination 255 is everyone.
+    fn destination_matches(&self, message: &Message, narrow: bool) -> bool {
         let mode = self.address.mode.load(Ordering::Acquire);
         let destination = message.destination;
-        let broadcast = if message.wide {
-            destination == !0
-        } else {
-            destination == 0xff
+        let broadcast = match destination {
+            0xff if mode & MODE_X2APIC != 0 => narrow,
+            0xff => !message.wide || narrow,
+            u32::MAX => message.wide,
+            _ => false,
         };
         if mode & MODE_ENABLED == 0 {
             return false;

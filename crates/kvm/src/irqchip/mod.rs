@@ -153,6 +153,18 @@ impl IrqChip {
             .deliver(&Message::from_msi(address, data, wide), None)
     }
 
+    /// Whether a message may have this address: with 32-bit IDs the upper half has reserved bits.
+    pub fn is_msi_address(&self, address: u64) -> bool {
+        !self.wide.load(Ordering::Relaxed) || address >> 32 & 0xff == 0
+    }
+
+    /// Whether a message-signalled interrupt is for any processor that there is.
+    pub fn has_destination(&self, address: u64, data: u32) -> bool {
+        let wide = self.wide.load(Ordering::Relaxed);
+        self.apics
+            .has_destination(&Message::from_msi(address, data, wide))
+    }
+
     /// Drives the line of `gsi` on behalf of `source`.
     pub fn set_line(&self, gsi: u32, source: LineSource, high: bool) -> Delivery {
         let routing = self.routing.load();

@@ -103,6 +103,7 @@ impl Pic {
         if value & 0x10 != 0 {
             *self = Pic {
                 elcr: self.elcr,
+                irr: self.irr & self.elcr,
                 last_irr: self.last_irr & self.elcr,
                 ..Pic::default()
             };
@@ -434,6 +435,72 @@ mod tests {
         pics.set_line(0, true);
         pics.write(0x21, 0x01);
         assert_eq!(pics.acknowledge(), (0x37, None), "spurious");
+    }
+
+    #[test]
+    fn initialisation_keeps_levels_and_forgets_edges() {
+        let mut pics = initialised();
+        pics.write(0x4d0, 1 << 5);
+        pics.set_line(5, true);
+        pics.set_line(6, true);
+        for (port, value) in [(0x20, 0x11), (0x21, 0x40), (0x21, 0x04), (0x21, 0x01)] {
+            pics.write(port, value);
+        }
+        assert_eq!(pics.acknowledge().0, 0x45, "the line is high still");
+        pics.set_line(5, false);
+        pics.write(0x20, 0x20);
+        assert!(!pics.output());
+    }
+
+    #[test]
+    fn polling_acknowledges() {
+        let mut pics = initialised();
+        pics.write(0x20, 0x0c);
+        assert_eq!(pics.read(0x20) & 0x80, 0, "nothing waits");
+        pics.set_line(3, true);
+        pics.write(0x20, 0x0c);
+        assert_eq!(pics.read(0x20), 0x83);
+        assert!(!pics.output());
+        pics.write(0x20, 0x0b);
+        assert_eq!(pics.read(0x20), 1 << 3, "in service");
+        assert_eq!(pics.write(0x20, 0xa0), 1 << 3, "rotates");
+        pics.set_line(4, true);
+        pics.set_line(2, false);
+        pics.set_line(1, true);
+        assert_eq!(pics.acknowledge().0, 0x34, "4 is the highest now");
+    }
+
+    #[test]
+    fn a_special_mask_lets_lower_ones_through() {
+        let mut pics = initialised();
+        pics.set_line(1, true);
+        assert_eq!(pics.acknowledge().0, 0x31);
+        pics.set_line(6, true);
+        assert!(!pics.output());
+        pics.write(0x20, 0x68);
+        assert!(!pics.output(), "1 is not masked");
+        pics.write(0x21, 0x02);
+        assert_eq!(pics.acknowledge().0, 0x36);
+    }
+
+    #[test]
+    fn automatic_ends_rotate_where_asked() {
+        let mut pics = PicPair::default();
+        for (port, value) in [(0x20, 0x11), (0x21, 0x30), (0x21, 0x04), (0x21, 0x03)] {
+            pics.write(port, value);
+        }
+        pics.write(0x20, 0x80);
+        pics.set_line(3, true);
+        assert_eq!(pics.acknowledge(), (0x33, Some(3)));
+        pics.set_line(3, false);
+        pics.set_line(3, true);
+        pics.set_line(5, true);
+        assert_eq!(pics.acknowledge().0, 0x35, "3 is the lowest now");
+        assert_eq!(pics.acknowledge().0, 0x33);
+        pics.write(0x20, 0xc0 | 6);
+        pics.set_line(0, true);
+        pics.set_line(7, true);
+        assert_eq!(pics.acknowledge().0, 0x37, "6 is the lowest");
     }
 
     #[test]

@@ -106,6 +106,11 @@ impl Routing {
         }
     }
 
+    /// Every route.
+    pub fn all(&self) -> impl Iterator<Item = &Route> {
+        self.routes.iter().flatten()
+    }
+
     /// Where `gsi` leads.
     pub fn of(&self, gsi: u32) -> &[Route] {
         self.routes.get(gsi as usize).map_or(&[], Vec::as_slice)

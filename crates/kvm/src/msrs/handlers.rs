@@ -51,6 +51,14 @@ pub(super) fn read_stored(access: &mut Access<'_>) -> Result<u64> {
     Ok(access.core.msrs.get(access.index))
 }
 
+/// Whether guests may read it is user space's choice.
+pub(super) fn read_platform_info(access: &mut Access<'_>) -> Result<u64> {
+    if !access.trusted && access.vcpu.vm().settings().hides_platform_info {
+        return Err(INVALID);
+    }
+    read_stored(access)
+}
+
 pub(super) fn write_stored(access: &mut Access<'_>, value: u64) -> Result<()> {
     access.core.msrs.set(access.index, value);
     Ok(())

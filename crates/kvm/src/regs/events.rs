@@ -22,15 +22,18 @@ impl Core {
             KVM_MP_STATE_UNINITIALIZED => MpState::Uninitialized,
             KVM_MP_STATE_INIT_RECEIVED => MpState::InitReceived,
             KVM_MP_STATE_HALTED => MpState::Halted,
-            KVM_MP_STATE_SIPI_RECEIVED => {
-                self.mp_state = MpState::InitReceived;
-                vcpu.mailbox().send_sipi(self.sipi_vector);
-                return Ok(());
-            }
+            KVM_MP_STATE_SIPI_RECEIVED => MpState::InitReceived,
             _ => return fail(libc::EINVAL),
         };
-        if vcpu.apic().is_none() && new != MpState::Runnable {
+        let waits_for_sipi = new == MpState::InitReceived;
+        // An SMI would have to be taken by a processor that takes nothing but a start-up IPI, and
+        // INITs wait for the end of system-management mode.
+        let refuses_init = self.cpu.state.smm || self.smm.pending;
+        if (vcpu.apic().is_none() && new != MpState::Runnable) || (waits_for_sipi && refuses_init) {
             return fail(libc::EINVAL);
+        }
+        if state.mp_state == KVM_MP_STATE_SIPI_RECEIVED {
+            vcpu.mailbox().send_sipi(self.sipi_vector);
         }
         self.mp_state = new;
         self.halted_in_guest = false;
@@ -93,10 +96,11 @@ impl Core {
         if blocking.contains(Interruptibility::STI) {
             e.interrupt.shadow |= KVM_X86_SHADOW_INT_STI as u8;
         }
-        e.nmi.pending = self.events.nmis as u8;
+        // What was sent and not yet looked at waits too.
+        let nmis = self.events.nmis + vcpu.mailbox().sent_nmis();
+        e.nmi.pending = nmis.min(self.events.most_nmis(blocking)) as u8;
         e.nmi.masked = blocking.contains(Interruptibility::NMI) as u8;
         e.sipi_vector = 0;
-        // An SMI that was sent and not yet looked at waits too.
         let sent = vcpu.mailbox().pending();
         e.smi.smm = self.cpu.state.smm as u8;
         e.smi.pending = (self.smm.pending || sent.contains(Request::SMI)) as u8;
@@ -140,6 +144,7 @@ impl Core {
         }
         self.events.again = None;
         self.events.exception = None;
+        self.events.interrupt = None;
         self.set_exception(e, pending);
         if e.nmi.injected != 0 {
             self.events.again = Some(crate::events::nmi_injection());
@@ -167,7 +172,9 @@ impl Core {
         }
         blocking.set(Interruptibility::NMI, e.nmi.masked != 0);
         if e.flags & KVM_VCPUEVENT_VALID_NMI_PENDING != 0 {
-            self.events.nmis = e.nmi.pending as u32;
+            vcpu.mailbox().take_nmis();
+            let most = self.events.most_nmis(self.cpu.state.interruptibility);
+            self.events.nmis = (e.nmi.pending as u32).min(most);
         }
         if e.flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR != 0 {
             self.sipi_vector = e.sipi_vector as u8;
@@ -210,18 +217,24 @@ impl Core {
         }
     }
 
-    /// KVM_INTERRUPT, for a local APIC in user space.
+    /// KVM_INTERRUPT, for a local APIC or an 8259 in user space.
     pub(crate) fn queue_interrupt(&mut self, vcpu: &Vcpu, vector: u32) -> Result<()> {
         if vector > 255 {
             return fail(libc::EINVAL);
         }
-        if vcpu.apic().is_some() {
+        if !vcpu.vm().has_user_pic() {
             return fail(libc::ENXIO);
         }
-        if self.events.interrupt.is_some() {
+        // A local APIC here takes it as the 8259's, if and when the guest lets it.
+        let place = if vcpu.apic().is_some() {
+            &mut self.events.external
+        } else {
+            &mut self.events.interrupt
+        };
+        if place.is_some() {
             return fail(libc::EEXIST);
         }
-        self.events.interrupt = Some(vector as u8);
+        *place = Some(vector as u8);
         self.look_for_events = true;
         Ok(())
     }

@@ -19,7 +19,9 @@ impl Core {
         let Some(apic) = vcpu.apic() else {
             return false;
         };
-        apic.deliverable().is_some() || pic_interrupt(vcpu, apic)
+        apic.deliverable().is_some()
+            || pic_interrupt(vcpu, apic)
+            || (self.events.external.is_some() && apic.accepts_pic())
     }
 
     pub(super) fn take_interrupt(&mut self, vcpu: &Vcpu) -> Option<u8> {
@@ -30,15 +32,23 @@ impl Core {
         if pic_interrupt(vcpu, apic) {
             return vcpu.vm().irqchip().map(|chip| chip.acknowledge_pic());
         }
+        if self.events.external.is_some() && apic.accepts_pic() {
+            return self.events.external.take();
+        }
         apic.acknowledge()
     }
 
     /// Whether user space may inject an interrupt with KVM_INTERRUPT.
     pub(crate) fn ready_for_interrupt(&self, vcpu: &Vcpu) -> bool {
-        vcpu.apic().is_none()
+        self.takes_external(vcpu)
             && self.events.interrupt.is_none()
             && !self.events.any()
             && events::interrupts_open(&self.cpu.state)
+    }
+
+    /// Whether there is a place for an interrupt of user space's 8259 or local APIC.
+    fn takes_external(&self, vcpu: &Vcpu) -> bool {
+        self.events.external.is_none() && vcpu.apic().is_none_or(|apic| apic.accepts_pic())
     }
 
     /// An entry that did not happen leaves its event to be injected again.
@@ -133,7 +143,10 @@ impl Core {
         }
         self.offer_to_guest(vcpu);
         self.update_steal_time(vcpu);
-        if vcpu.apic().is_none() && vcpu.kvm_run(self).request_interrupt_window != 0 {
+        if vcpu.kvm_run(self).request_interrupt_window != 0
+            && vcpu.vm().has_user_pic()
+            && self.takes_external(vcpu)
+        {
             self.controls.primary |= PrimaryControls::INTERRUPT_WINDOW_EXITING;
             self.look_for_events = true;
         }

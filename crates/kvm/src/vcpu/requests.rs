@@ -24,7 +24,8 @@ impl Core {
             self.look_for_events = true;
         }
         if mailbox.take(Request::NMI) {
-            self.events.nmis = (self.events.nmis + mailbox.take_nmis()).min(2);
+            let most = self.events.most_nmis(self.cpu.state.interruptibility);
+            self.events.nmis = (self.events.nmis + mailbox.take_nmis()).min(most);
             self.look_for_events = true;
         }
         if mailbox.take(Request::CLOCK_UPDATE) {

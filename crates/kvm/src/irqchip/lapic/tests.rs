@@ -112,6 +112,7 @@ fn destinations() {
                 wide,
             },
             None,
+            true,
         )
     };
     assert!(to(3, false, false) && !to(2, false, false) && to(0xff, false, false));
