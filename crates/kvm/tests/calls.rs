@@ -275,11 +275,7 @@ fn an_interrupt_that_waits_is_not_doubled() {
         stop(a)
     });
     let mut machine = Machine::new(Irqchip::None, 1, &code);
-    machine.gate(0x60, 0x2000);
-    machine.code_at(0x2000, |a| {
-        a.inc(dword_ptr(0x5000))?;
-        a.iretq()
-    });
+    machine.count(0x60, 0x2000, 0x5000);
     runs_to_stop(&mut machine);
     machine.vcpu().interrupt(0x60).unwrap();
     assert_eq!(errno(machine.vcpu().interrupt(0x61)), libc::EEXIST);

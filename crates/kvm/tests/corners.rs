@@ -16,8 +16,7 @@ fn errno<T: std::fmt::Debug>(result: Result<T, kvm::Error>) -> i32 {
 #[test]
 fn the_8259_of_a_split_irqchip_is_in_user_space() {
     let code = assemble(|a| {
-        a.mov(rbx, APIC)?;
-        a.mov(dword_ptr(rbx + 0xf0), 0x1ff)?;
+        enable_apic(a)?;
         stop(a)?;
         a.sti()?;
         a.nop()?;
@@ -26,11 +25,7 @@ fn the_8259_of_a_split_irqchip_is_in_user_space() {
         stop(a)
     });
     let mut machine = Machine::new(Irqchip::Split, 1, &code);
-    machine.gate(0x61, 0x2000);
-    machine.code_at(0x2000, |a| {
-        a.inc(dword_ptr(0x5000))?;
-        a.iretq()
-    });
+    machine.count(0x61, 0x2000, 0x5000);
     runs_to_stop(&mut machine);
     let run = machine.vcpu().get_kvm_run();
     assert_eq!((run.ready_for_interrupt_injection, run.if_flag), (0, 0));
@@ -56,8 +51,7 @@ fn the_8259_of_a_split_irqchip_is_in_user_space() {
 #[test]
 fn the_8259_of_user_space_ends_a_halt() {
     let code = assemble(|a| {
-        a.mov(rbx, APIC)?;
-        a.mov(dword_ptr(rbx + 0xf0), 0x1ff)?;
+        enable_apic(a)?;
         stop(a)?;
         a.sti()?;
         a.hlt()?;
@@ -65,11 +59,7 @@ fn the_8259_of_user_space_ends_a_halt() {
         stop(a)
     });
     let mut machine = Machine::new(Irqchip::Split, 1, &code);
-    machine.gate(0x61, 0x2000);
-    machine.code_at(0x2000, |a| {
-        a.inc(dword_ptr(0x5000))?;
-        a.iretq()
-    });
+    machine.count(0x61, 0x2000, 0x5000);
     runs_to_stop(&mut machine);
     machine.vcpu().interrupt(0x61).unwrap();
     runs_to_stop(&mut machine);
@@ -404,11 +394,7 @@ fn restored_nmis_are_at_most_two() {
         stop(a)
     });
     let mut machine = Machine::new(Irqchip::None, 1, &code);
-    machine.gate(2, 0x2000);
-    machine.code_at(0x2000, |a| {
-        a.inc(dword_ptr(0x5000))?;
-        a.iretq()
-    });
+    machine.count(2, 0x2000, 0x5000);
     runs_to_stop(&mut machine);
     let mut events = machine.vcpu().get_vcpu_events().unwrap();
     events.nmi.pending = 9;

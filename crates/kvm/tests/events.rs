@@ -57,11 +57,7 @@ fn pending_exceptions_travel_with_their_payload() {
 fn interrupts_and_nmis_are_saved_and_restored() {
     let mut machine = Machine::new(Irqchip::None, 1, &stops());
     for (vector, at, counter) in [(2, 0x2000, 0x5000), (0x60, 0x2100, 0x5008)] {
-        machine.gate(vector, at);
-        machine.code_at(at, |a| {
-            a.inc(dword_ptr(counter))?;
-            a.iretq()
-        });
+        machine.count(vector, at, counter);
     }
     runs_to_stop(&mut machine);
     let quiet = machine.vcpu().get_vcpu_events().unwrap();

@@ -97,8 +97,7 @@ fn a_filtered_thread_runs_a_guest() {
         a.cmp(rdi, MEMORY as i32)?;
         a.jb(page)?;
         // A timer ends a halt.
-        a.mov(rbx, APIC)?;
-        a.mov(dword_ptr(rbx + 0xf0), 0x1ff)?;
+        enable_apic(a)?;
         a.mov(dword_ptr(rbx + 0x3e0), 0xb)?;
         a.mov(dword_ptr(rbx + 0x320), 0x41)?;
         a.mov(dword_ptr(rbx + 0x380), 1_000_000)?;

@@ -98,8 +98,7 @@ fn a_second_processor_starts_and_gets_interrupts() {
     // The start-up page runs 16-bit code at 0x3000: it raises a flag and halts.
     let code = assemble(|a| {
         let mut wait = a.create_label();
-        a.mov(rbx, APIC)?;
-        a.mov(dword_ptr(rbx + 0xf0), 0x1ff)?;
+        enable_apic(a)?;
         a.mov(dword_ptr(rbx + 0x310), 1 << 24)?;
         a.mov(dword_ptr(rbx + 0x300), 0x4500)?; // INIT
         a.mov(dword_ptr(rbx + 0x310), 1 << 24)?;
@@ -665,8 +664,7 @@ fn registers_travel_in_kvm_run() {
 #[test]
 fn level_interrupts_of_a_split_irqchip_report_their_end() {
     let code = assemble(|a| {
-        a.mov(rbx, APIC)?;
-        a.mov(dword_ptr(rbx + 0xf0), 0x1ff)?;
+        enable_apic(a)?;
         stop(a)?;
         a.sti()?;
         a.nop()?;
@@ -704,8 +702,7 @@ fn level_interrupts_of_a_split_irqchip_report_their_end() {
 fn interrupts_reach_a_running_guest_through_an_irqfd() {
     let code = assemble(|a| {
         let mut wait = a.create_label();
-        a.mov(rbx, APIC)?;
-        a.mov(dword_ptr(rbx + 0xf0), 0x1ff)?;
+        enable_apic(a)?;
         a.mov(rcx, 0xfec0_0000u64)?;
         a.mov(dword_ptr(rcx), 0x10 + 2 * 20)?;
         a.mov(dword_ptr(rcx + 0x10), 0x45)?; // GSI 20: edge, vector 0x45

@@ -90,8 +90,7 @@ fn exits_are_disabled_before_there_are_vcpus() {
 #[test]
 fn a_halt_without_exit_ends_by_a_timer() {
     let code = assemble(|a| {
-        a.mov(rbx, APIC)?;
-        a.mov(dword_ptr(rbx + 0xf0), 0x1ff)?;
+        enable_apic(a)?;
         a.mov(dword_ptr(rbx + 0x3e0), 0xb)?;
         a.mov(dword_ptr(rbx + 0x320), 0x41)?;
         a.mov(dword_ptr(rbx + 0x380), 2_000_000)?;
@@ -125,11 +124,7 @@ fn a_halt_without_exit_ends_by_an_injected_interrupt() {
         stop(a)
     });
     let mut machine = without_halt_exits(Irqchip::None, &code);
-    machine.gate(0x60, 0x2000);
-    machine.code_at(0x2000, |a| {
-        a.inc(dword_ptr(0x5000))?;
-        a.iretq()
-    });
+    machine.count(0x60, 0x2000, 0x5000);
     sleeps_until_interrupted(&mut machine);
     machine.vcpu().get_kvm_run().request_interrupt_window = 1;
     let exit = machine.vcpu().run().unwrap();

@@ -22,11 +22,6 @@ fn wrmsr(a: &mut CodeAssembler, index: u32, value: u64) -> Result<(), IcedError>
     a.wrmsr()
 }
 
-fn enable_apic(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    a.mov(rbx, APIC)?;
-    a.mov(dword_ptr(rbx + 0xf0), 0x1ff)
-}
-
 fn byte(machine: &Machine, at: u64) -> &AtomicU8 {
     assert!((at as usize) < machine.memory.size);
     // SAFETY: inside the machine's memory, which it borrows.

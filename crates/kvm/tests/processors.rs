@@ -13,8 +13,7 @@ fn all_start(count: u64) {
     let others = count as i32 - 1;
     let code = assemble(|a| {
         let (mut started, mut interrupted) = (a.create_label(), a.create_label());
-        a.mov(rbx, APIC)?;
-        a.mov(dword_ptr(rbx + 0xf0), 0x1ff)?;
+        enable_apic(a)?;
         a.mov(dword_ptr(rbx + 0x300), 0xc_4500)?; // INIT
         a.mov(dword_ptr(rbx + 0x300), 0xc_4603)?; // start-up at 0x3000
         a.mov(dword_ptr(rbx + 0x300), 0xc_4603)?; // again, as systems do

@@ -74,11 +74,7 @@ fn a_handler_runs_in_its_own_memory_and_returns() {
     ]
     .concat();
     let (mut machine, smram) = machine(Irqchip::None, &code, &handler);
-    machine.gate(2, 0x2000);
-    machine.code_at(0x2000, |a| {
-        a.inc(dword_ptr(0x5000))?;
-        a.iretq()
-    });
+    machine.count(2, 0x2000, 0x5000);
     runs_to(&mut machine, 0x80);
     let before = machine.vcpu().get_sregs().unwrap();
     machine.vcpu().smi().unwrap();
@@ -136,8 +132,7 @@ fn a_handler_runs_in_its_own_memory_and_returns() {
 #[test]
 fn the_apic_delivers_smis_and_they_end_halts() {
     let code = assemble(|a| {
-        a.mov(rbx, APIC)?;
-        a.mov(dword_ptr(rbx + 0xf0), 0x1ff)?;
+        enable_apic(a)?;
         a.mov(dword_ptr(rbx + 0x300), 0x4_4200)?; // SMI to itself
         a.nop()?;
         stop(a)?;

@@ -154,6 +154,12 @@ pub(crate) fn assemble_at(
 /// The local APIC's register page.
 pub(crate) const APIC: i64 = 0xfee0_0000;
 
+/// Points RBX at the local APIC and enables it.
+pub(crate) fn enable_apic(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.mov(rbx, APIC)?;
+    a.mov(dword_ptr(rbx + 0xf0), 0x1ff)
+}
+
 /// Leaves by a port write, so that it ends with and without an irqchip.
 pub(crate) fn stop(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.out(0x80, al)
@@ -320,6 +326,15 @@ impl Machine {
         let low = handler & 0xffff | 8 << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
         self.memory.write_u64(at, low);
         self.memory.write_u64(at + 8, handler >> 32);
+    }
+
+    /// Has interrupts with a vector counted at `counter`, by code at `handler`.
+    pub(crate) fn count(&self, vector: u8, handler: u64, counter: u64) {
+        self.gate(vector, handler);
+        self.code_at(handler, |a| {
+            a.inc(dword_ptr(counter))?;
+            a.iretq()
+        });
     }
 
     /// Writes code to memory.
