@@ -13,7 +13,7 @@
 //! | `vmx`, `entry_checks` | VM entry and exit, single-instruction emulation |
 //! | `execute` | the loop and the instruction handlers |
 //! | `decode`, `op`, `code` | bytes to ops, and the cache of them |
-//! | `memory`, `update`, `tlb`, `walk_cache`, `second_stage`, `host` | linear address to host access |
+//! | `memory`, `update`, `tlb`, `walk_cache`, `second_stage`, `host`, `guest_memory` | linear address to host access |
 //! | `event`, `segmentation` | exceptions, interrupts, descriptors |
 //! | `virtual_apic` | virtual interrupts and accesses to the APIC |
 //! | `vector` | x87, SIMD and extended state, by the host's own instructions |
@@ -29,6 +29,7 @@ mod entry_checks;
 mod event;
 mod execute;
 mod features;
+mod guest_memory;
 mod host;
 mod machine;
 mod memory;
@@ -45,6 +46,7 @@ mod vmx;
 mod walk_cache;
 
 pub use controls::{Controls, ShadowRoot};
+pub use guest_memory::{Gone, GuestMemory};
 pub use machine::{Attention, Machine};
 pub use state::{CpuState, ExtendedState, Gpr, LazyFlags, Msrs, XSAVE_AREA};
 pub use vcpu::{Bus, BusResponse, Emulated, Flush, MmioHint, Observer, Statistics, Vcpu};

@@ -744,7 +744,7 @@ fn stage_access(access: Access, user_page: bool) -> crate::second_stage::StageAc
 ///
 /// # Safety
 /// As for [`HostInt::load`].
-unsafe fn load_part(hva: u64, part: &mut [u8]) -> Result<(), HostFault> {
+pub(crate) unsafe fn load_part(hva: u64, part: &mut [u8]) -> Result<(), HostFault> {
     // SAFETY: as promised by the caller.
     unsafe {
         match part.len() {
@@ -767,7 +767,7 @@ unsafe fn load_part(hva: u64, part: &mut [u8]) -> Result<(), HostFault> {
 ///
 /// # Safety
 /// As for [`HostInt::store`].
-unsafe fn store_part(hva: u64, part: &[u8]) -> Result<(), HostFault> {
+pub(crate) unsafe fn store_part(hva: u64, part: &[u8]) -> Result<(), HostFault> {
     // SAFETY: as promised by the caller.
     unsafe {
         match *part {

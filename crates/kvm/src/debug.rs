@@ -51,11 +51,16 @@ impl GuestDebug {
         self.control & KVM_GUESTDBG_ENABLE != 0 && self.control & flag != 0
     }
 
-    /// Applies a request to a vCPU's state.
-    pub(crate) fn set(&mut self, request: &kvm_guest_debug, state: &mut CpuState) -> Result<()> {
+    /// EINVAL for a request with flags that are not known.
+    pub(crate) fn check(request: &kvm_guest_debug) -> Result<()> {
         if request.control & !KNOWN != 0 {
             return fail(libc::EINVAL);
         }
+        Ok(())
+    }
+
+    /// Applies a request to a vCPU's state.
+    pub(crate) fn set(&mut self, request: &kvm_guest_debug, state: &mut CpuState) {
         self.control = request.control;
         self.registers = request.arch.debugreg;
         self.stepped = false;
@@ -68,7 +73,6 @@ impl GuestDebug {
             state.dr6 = Dr6::from_bits_retain(guest.dr6);
             state.dr7 = Dr7::from_bits_retain(guest.dr7);
         }
-        Ok(())
     }
 
     /// Whether user space debugs the guest at all.

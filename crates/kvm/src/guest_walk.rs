@@ -14,9 +14,8 @@ use arch::paging::{
     TableMemory, Translation,
 };
 use arch::segment::SegmentName;
-use mmu::{AccessError, AddressSpace, HostAccess, Mmu};
+use mmu::{AccessError, AddressSpace, Mmu};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// The guest's tables.
 struct Tables<'a> {
@@ -55,29 +54,16 @@ impl TableMemory for Tables<'_> {
             return Ok(Exchange::Ignored);
         }
         let gpa = Gpa::new(address);
-        let slots = self.mmu.slots();
-        let Ok(hva) = self.mmu.host_address(self.space, gpa, HostAccess::Write) else {
-            return Ok(Exchange::Ignored);
+        let (mut old, new) = (old.to_u64().to_le_bytes(), new.to_u64().to_le_bytes());
+        let size = E::SIZE as usize;
+        let exchanged =
+            self.mmu
+                .compare_exchange_guest(self.space, gpa, &mut old[..size], &new[..size]);
+        let written = match exchanged {
+            Ok(written) => written,
+            Err(AccessError::ReadOnly(_)) => return Ok(Exchange::Ignored),
+            Err(_) => return Err(NoTable),
         };
-        let (old, new) = (old.to_u64(), new.to_u64());
-        // SAFETY: the MMU has just shown the page to be there and writable, the slots guard keeps
-        // its slot, and entries are aligned to their size. Guest memory is only ever accessed
-        // through raw pointers and atomics.
-        let written = unsafe {
-            if E::SIZE == 4 {
-                AtomicU32::from_ptr(hva.get() as *mut u32)
-                    .compare_exchange(old as u32, new as u32, Ordering::SeqCst, Ordering::SeqCst)
-                    .is_ok()
-            } else {
-                AtomicU64::from_ptr(hva.get() as *mut u64)
-                    .compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst)
-                    .is_ok()
-            }
-        };
-        drop(slots);
-        if written {
-            self.mmu.mark_dirty(self.space, gpa.gfn());
-        }
         Ok(if written {
             Exchange::Written
         } else {
@@ -93,6 +79,17 @@ pub(crate) enum LinearError {
     Fault(PendingException),
     /// It leads to where there is no memory.
     NoMemory,
+    /// The host memory behind this address is gone.
+    HostMemory(Gpa),
+}
+
+impl From<AccessError> for LinearError {
+    fn from(error: AccessError) -> LinearError {
+        match error {
+            AccessError::HostMemory(gpa, _) => LinearError::HostMemory(gpa),
+            _ => LinearError::NoMemory,
+        }
+    }
 }
 
 impl Core {
@@ -221,7 +218,7 @@ impl Core {
             let part = done..done + page_part(at, length - done);
             done = part.end;
             let gpa = self.linear_to_physical(vcpu, at, access)?;
-            then(&vcpu.vm().mmu, gpa, part).map_err(|_| LinearError::NoMemory)?;
+            then(&vcpu.vm().mmu, gpa, part)?;
         }
         Ok(())
     }

@@ -109,6 +109,7 @@ mod events;
 mod exits;
 mod guest_walk;
 pub mod helpers;
+mod host_memory;
 pub mod ioctl;
 pub mod irqchip;
 pub mod mailbox;

@@ -189,7 +189,7 @@ impl Bus for MmioBus<'_> {
             .mmu
             .compare_exchange_guest(self.space, Gpa::new(gpa), old, new);
         match exchanged {
-            Ok(()) => BusResponse::Done,
+            Ok(_) => BusResponse::Done,
             Err(mmu::AccessError::HostMemory(..)) => BusResponse::Fault,
             Err(_) => self.write(gpa, new),
         }

@@ -5,8 +5,7 @@
 //! instructions go in batches of what fits into a page of memory.
 
 use crate::eventfd::IoSpace;
-use crate::exits::{Outcome, emulation_failure};
-use crate::guest_walk::LinearError;
+use crate::exits::{Outcome, linear_error};
 use crate::run_area::PIO_OFFSET;
 use crate::vcpu::{Completion, Core, Vcpu};
 use arch::control_registers::Rflags;
@@ -287,16 +286,6 @@ fn store(
 ) -> Result<(), Outcome> {
     core.write_linear(vcpu, operand.gva, bytes)
         .map_err(|error| linear_error(core, vcpu, error))
-}
-
-fn linear_error(core: &mut Core, vcpu: &Vcpu, error: LinearError) -> Outcome {
-    match error {
-        LinearError::Fault(exception) => {
-            core.events.raise(exception);
-            Outcome::Resume
-        }
-        LinearError::NoMemory => emulation_failure(core, vcpu),
-    }
 }
 
 /// Moves the index and count registers on; the instruction is done when its count is zero.

@@ -7,8 +7,6 @@ use crate::cpuid::pv;
 use crate::vcpu::{Core, Vcpu};
 use arch::addr::Gpa;
 use arch::msr;
-use mmu::HostAccess;
-use std::sync::atomic::{AtomicU8, Ordering};
 
 /// Bit 0 of the system-time and steal-time MSRs: the page is in use.
 const ENABLED: u64 = 1;
@@ -156,15 +154,16 @@ impl Core {
         };
         let gpa = Gpa::new(gpa.wrapping_add(steal::PREEMPTED));
         let (mmu, space) = (&vcpu.vm().mmu, self.mmu.address_space());
-        let slots = mmu.slots();
-        let Ok(hva) = mmu.host_address(space, gpa, HostAccess::Write) else {
-            return;
-        };
-        // SAFETY: the MMU has just shown the page to be there and writable, and the slots guard
-        // keeps its slot. Guest memory is only ever accessed through raw pointers and atomics.
-        let old = unsafe { AtomicU8::from_ptr(hva.get() as *mut u8) }.swap(0, Ordering::SeqCst);
-        drop(slots);
-        mmu.mark_dirty(space, gpa.gfn());
+        let mut old = [0];
+        // The first round guesses, those after it know what others wrote meanwhile.
+        loop {
+            match mmu.compare_exchange_guest(space, gpa, &mut old, &[0]) {
+                Ok(true) => break,
+                Ok(false) => {}
+                Err(_) => return,
+            }
+        }
+        let [old] = old;
         if old & steal::FLUSH != 0 {
             self.flush_guest_translations(vcpu);
         }

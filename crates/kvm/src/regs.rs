@@ -358,6 +358,7 @@ impl Core {
 
     /// KVM_SET_GUEST_DEBUG.
     pub(crate) fn set_guest_debug(&mut self, request: &kvm_guest_debug) -> Result<()> {
+        crate::debug::GuestDebug::check(request)?;
         if let Some(exception) = crate::debug::GuestDebug::injects(request) {
             if self.events.exception.is_some() {
                 return fail(libc::EBUSY);
@@ -370,7 +371,7 @@ impl Core {
                 payload,
             });
         }
-        self.debug.set(request, &mut self.cpu.state)?;
+        self.debug.set(request, &mut self.cpu.state);
         self.controls.exception_bitmap = 0;
         self.controls.primary -= arch::controls::PrimaryControls::MONITOR_TRAP_FLAG
             | arch::controls::PrimaryControls::MOV_DR_EXITING;

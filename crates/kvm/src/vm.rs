@@ -176,7 +176,8 @@ impl Vm {
             },
             ..mmu::Config::default()
         };
-        let mmu = Mmu::new(config, processors.clone()).map_err(|error| {
+        let host = Box::new(crate::host_memory::HostMemory::default());
+        let mmu = Mmu::with_host(config, processors.clone(), host).map_err(|error| {
             tracing::error!(%error, "no MMU for this host");
             Error::new(libc::EINVAL)
         })?;

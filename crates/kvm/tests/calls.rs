@@ -717,6 +717,81 @@ fn control_words_are_checked() {
     );
 }
 
+/// What user space restores need not be what a controller can hold.
+#[test]
+fn controllers_take_any_state() {
+    let code = assemble(|a| {
+        a.mov(rbx, 0xfec0_0000u64)?;
+        a.mov(dword_ptr(rbx), 0)?;
+        stop(a)?;
+        a.sti()?;
+        a.nop()?;
+        a.cli()?;
+        stop(a)
+    });
+    let mut machine = Machine::new(Irqchip::Full, 1, &code);
+    let set = |chip_id| {
+        let mut chip = kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        };
+        chip.chip.dummy = [-1; 512];
+        machine.vm.set_irqchip(&chip).unwrap();
+    };
+    (0..3).for_each(set);
+    machine.vm.create_pit2(kvm_pit_config::default()).unwrap();
+    let mut pit = machine.vm.get_pit2().unwrap();
+    for channel in &mut pit.channels {
+        (channel.count, channel.mode, channel.rw_mode) = (u32::MAX, 0xff, 0xff);
+        (channel.count_load_time, channel.bcd) = (i64::MIN, 0xff);
+    }
+    machine.vm.set_pit2(&pit).unwrap();
+    machine.vm.get_pit2().unwrap();
+    match machine.vcpu().run().unwrap() {
+        VcpuExit::MmioWrite(0xfec0_0000, _) => {}
+        other => panic!("{other:?}"),
+    }
+    runs_to_stop(&mut machine);
+    let mut lapic = machine.vcpu().get_lapic().unwrap();
+    lapic.regs.fill(-1);
+    machine.vcpu().set_lapic(&lapic).unwrap();
+    machine.vcpu().get_lapic().unwrap();
+}
+
+#[test]
+fn access_bytes_are_set_all_or_none() {
+    let (_kvm, vm) = vm();
+    let memory = Memory::new(4 * 4096);
+    // SAFETY: no guest runs.
+    unsafe { vm.set_user_memory_region(memory.region(0, 0)).unwrap() };
+    assert_eq!(errno(vm.set_access_bytes(2, &[1, 1, 0])), libc::ENOENT);
+    assert_eq!(vm.execution_traps(0, 4).unwrap(), [0; 4]);
+    assert_eq!(errno(vm.set_access_bytes(2, &[1, 2])), libc::EINVAL);
+    vm.set_access_bytes(1, &[1, 0, 1]).unwrap();
+    assert_eq!(vm.execution_traps(0, 4).unwrap(), [0, 1, 0, 1]);
+}
+
+#[test]
+fn a_refused_request_for_debugging_injects_nothing() {
+    let (_kvm, _vm, vcpu) = with_vcpu(false);
+    let request = kvm_guest_debug {
+        control: KVM_GUESTDBG_INJECT_DB | 1 << 30,
+        ..Default::default()
+    };
+    assert_eq!(errno(vcpu.set_guest_debug(&request)), libc::EINVAL);
+    let events = vcpu.get_vcpu_events().unwrap();
+    assert_eq!(
+        (events.exception.injected, events.exception.pending),
+        (0, 0)
+    );
+    let request = kvm_guest_debug {
+        control: KVM_GUESTDBG_INJECT_DB,
+        ..Default::default()
+    };
+    vcpu.set_guest_debug(&request).unwrap();
+    assert_eq!(errno(vcpu.set_guest_debug(&request)), libc::EBUSY);
+}
+
 #[test]
 fn bells_are_refused_as_the_documentation_says() {
     let (_kvm, vm) = vm();

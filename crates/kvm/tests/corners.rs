@@ -232,6 +232,98 @@ fn memory_goes_and_comes_back() {
     }
 }
 
+/// What KVM itself touches may go away, too, and is not the end of the process.
+#[test]
+fn kvm_meets_missing_memory() {
+    const STRING: u64 = 0x18_0000;
+    const CLOCK: u64 = 0x18_1000;
+    const STEAL: u64 = 0x18_2000;
+    let code = assemble(|a| {
+        for at in [STRING, CLOCK, STEAL] {
+            a.mov(rax, at)?;
+            a.mov(qword_ptr(rax), 0x55)?;
+        }
+        for (register, at) in [(0x4b56_4d01, CLOCK | 1), (0x4b56_4d03, STEAL | 1)] {
+            a.mov(ecx, register)?;
+            a.mov(eax, at as u32)?;
+            a.xor(edx, edx)?;
+            a.wrmsr()?;
+        }
+        stop(a)?;
+        a.mov(esi, STRING as u32)?;
+        a.mov(ecx, 4)?;
+        a.mov(dx, 0x390)?;
+        a.rep().outsb()?;
+        a.mov(rax, 0x4000_0000u64)?;
+        a.mov(rsi, STRING)?;
+        a.movzx(ecx, byte_ptr(rsi))?;
+        a.mov(rdi, rax)?;
+        a.movsb()?; // from what is gone to a device
+        stop(a)
+    });
+    let mut machine = Machine::new(Irqchip::Full, 1, &code);
+    let base = machine.memory.base.wrapping_add(STRING as usize);
+    let protect = |rights| {
+        // SAFETY: pages of the machine's own memory, which only the guest uses.
+        unsafe { assert_eq!(libc::mprotect(base.cast(), 0x3000, rights), 0) };
+    };
+    runs_to_stop(&mut machine);
+    protect(libc::PROT_NONE);
+    let clock = machine.vm.get_clock().unwrap();
+    machine.vm.set_clock(&clock).unwrap();
+    for _ in 0..2 {
+        match machine.vcpu().run() {
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => assert_eq!(gpa, STRING),
+            other => panic!("{other:?}"),
+        }
+    }
+    protect(libc::PROT_READ | libc::PROT_WRITE);
+    match machine.vcpu().run().unwrap() {
+        VcpuExit::IoOut(0x390, data) => assert_eq!(data, [0x55, 0, 0, 0]),
+        other => panic!("{other:?}"),
+    }
+    match machine.vcpu().run().unwrap() {
+        VcpuExit::MmioWrite(0x4000_0000, data) => assert_eq!(data, [0x55]),
+        other => panic!("{other:?}"),
+    }
+    let clock = machine.vm.get_clock().unwrap();
+    machine.vm.set_clock(&clock).unwrap();
+    runs_to_stop(&mut machine);
+    assert_ne!(machine.memory.read_u64(CLOCK + 16), 0);
+}
+
+/// The guest's page tables are memory like any other.
+#[test]
+fn page_tables_go_and_come_back() {
+    let code = assemble(|a| {
+        stop(a)?;
+        a.mov(rax, cr3)?;
+        a.mov(cr3, rax)?;
+        a.mov(ebx, dword_ptr(0x5000))?;
+        stop(a)
+    });
+    let mut machine = Machine::new_in(with_ept(true), Irqchip::None, 1, &code);
+    machine.memory.write_u64(0x5000, 0x1234);
+    runs_to_stop(&mut machine);
+    let tables = machine.memory.base.wrapping_add(TABLES as usize);
+    let protect = |rights| {
+        // SAFETY: pages of the machine's own memory, which only the guest uses.
+        unsafe { assert_eq!(libc::mprotect(tables.cast(), 0x6000, rights), 0) };
+    };
+    protect(libc::PROT_NONE);
+    assert_eq!(machine.vcpu().translate_gva(0x5000).unwrap().valid, 0);
+    for _ in 0..2 {
+        match machine.vcpu().run() {
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => assert_eq!(gpa, TABLES),
+            other => panic!("{other:?}"),
+        }
+    }
+    protect(libc::PROT_READ | libc::PROT_WRITE);
+    assert_eq!(machine.vcpu().translate_gva(0x5000).unwrap().valid, 1);
+    runs_to_stop(&mut machine);
+    assert_eq!(machine.vcpu().get_regs().unwrap().rbx, 0x1234);
+}
+
 /// IRET from an NMI handler whose stack is not mapped yet: NMIs stay blocked until it is done.
 #[test]
 fn a_return_that_faults_leaves_nmis_blocked() {

@@ -8,6 +8,8 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 use std::ffi::c_void;
 use std::ops::Range;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64};
 
 /// What is to be done to host memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,10 +20,49 @@ pub enum HostAccess {
     Write,
 }
 
+/// Host memory that was there is not any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gone;
+
 /// Host memory as the MMU needs to know it.
+///
+/// Accesses come after [`HostMemory::populate`] said yes to their page, and lie in one page. The VMM
+/// may have taken the memory away since: that is for an implementation to find out. Those given here
+/// do not, and are for memory that stays.
 pub trait HostMemory: Send + Sync {
     /// Makes every page of the page-aligned range present for the access; false if any cannot be.
     fn populate(&self, range: Range<Hva>, access: HostAccess) -> bool;
+
+    /// Reads bytes: 1, 2, 4 or 8 aligned ones at once.
+    ///
+    /// # Safety
+    /// The range is guest memory, reached only through raw pointers.
+    unsafe fn read(&self, from: Hva, into: &mut [u8]) -> Result<(), Gone> {
+        // SAFETY: as promised by the caller.
+        unsafe { load(from, into) };
+        Ok(())
+    }
+
+    /// Writes bytes: 1, 2, 4 or 8 aligned ones at once, since a processor may be walking a table
+    /// there.
+    ///
+    /// # Safety
+    /// As for [`HostMemory::read`].
+    unsafe fn write(&self, into: Hva, bytes: &[u8]) -> Result<(), Gone> {
+        // SAFETY: as promised by the caller.
+        unsafe { store(into, bytes) };
+        Ok(())
+    }
+
+    /// Writes `new` if `old` is there, and makes `old` what is there; whether it was written.
+    /// Atomic for 1, 2, 4, 8 and (where the processor can) 16 aligned bytes.
+    ///
+    /// # Safety
+    /// As for [`HostMemory::read`].
+    unsafe fn compare_exchange(&self, at: Hva, old: &mut [u8], new: &[u8]) -> Result<bool, Gone> {
+        // SAFETY: as promised by the caller.
+        Ok(unsafe { compare_exchange(at, old, new) })
+    }
 }
 
 /// The memory of this process.
@@ -113,6 +154,123 @@ fn probe_page(page: u64, access: HostAccess) -> bool {
             result >= 0
         }
     }
+}
+
+/// Calls a macro with the atomic type for each length, for what is aligned.
+macro_rules! with_atomic {
+    ($hva:expr, $length:expr, $do:ident, $otherwise:expr) => {
+        match $length {
+            length if $hva.get() & (length as u64).wrapping_sub(1) != 0 => $otherwise,
+            1 => $do!(AtomicU8, u8),
+            2 => $do!(AtomicU16, u16),
+            4 => $do!(AtomicU32, u32),
+            8 => $do!(AtomicU64, u64),
+            _ => $otherwise,
+        }
+    };
+}
+
+/// Loads bytes: at once, if they are an aligned word.
+///
+/// # Safety
+/// The bytes at `hva` are guest memory.
+unsafe fn load(hva: Hva, into: &mut [u8]) {
+    let from = std::ptr::with_exposed_provenance_mut::<u8>(hva.get() as usize);
+    macro_rules! word {
+        ($atomic:ident, $int:ident) => {{
+            // SAFETY: as promised by the caller, and aligned.
+            let value: $int = unsafe { $atomic::from_ptr(from.cast()) }.load(SeqCst);
+            into.copy_from_slice(&value.to_le_bytes());
+        }};
+    }
+    with_atomic!(hva, into.len(), word, {
+        // SAFETY: as promised by the caller.
+        unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) }
+    });
+}
+
+/// Stores bytes: at once, if they are an aligned word.
+///
+/// # Safety
+/// The bytes at `hva` are guest memory that takes writes.
+unsafe fn store(hva: Hva, bytes: &[u8]) {
+    let into = std::ptr::with_exposed_provenance_mut::<u8>(hva.get() as usize);
+    macro_rules! word {
+        ($atomic:ident, $int:ident) => {{
+            let value = $int::from_le_bytes(bytes.try_into().expect("as long as the type"));
+            // SAFETY: as promised by the caller, and aligned.
+            unsafe { $atomic::from_ptr(into.cast()) }.store(value, SeqCst)
+        }};
+    }
+    with_atomic!(hva, bytes.len(), word, {
+        // SAFETY: as promised by the caller.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), into, bytes.len()) }
+    });
+}
+
+/// Writes `new` if `old` is there, and makes `old` what is there; true if it was written.
+///
+/// # Safety
+/// As for [`store`].
+unsafe fn compare_exchange(hva: Hva, old: &mut [u8], new: &[u8]) -> bool {
+    let at = std::ptr::with_exposed_provenance_mut::<u8>(hva.get() as usize);
+    macro_rules! word {
+        ($atomic:ident, $int:ident) => {{
+            let word =
+                |bytes: &[u8]| $int::from_le_bytes(bytes.try_into().expect("as long as the type"));
+            // SAFETY: as promised by the caller, and aligned.
+            let cell = unsafe { $atomic::from_ptr(at.cast()) };
+            let result = cell.compare_exchange(word(old), word(new), SeqCst, SeqCst);
+            let found = result.unwrap_or_else(|found| found);
+            old.copy_from_slice(&found.to_le_bytes());
+            result.is_ok()
+        }};
+    }
+    with_atomic!(hva, new.len(), word, {
+        if new.len() == 16 && hva.get() & 15 == 0 && is_x86_feature_detected!("cmpxchg16b") {
+            let word =
+                |bytes: &[u8]| u128::from_le_bytes(bytes.try_into().expect("as long as the type"));
+            let (expected, new) = (word(old), word(new));
+            // SAFETY: as promised by the caller, aligned, and the processor has the instruction.
+            let found = unsafe { compare_exchange_16(at.cast(), expected, new) };
+            old.copy_from_slice(&found.to_le_bytes());
+            return found == expected;
+        }
+        let mut found = [0; 16];
+        let found = &mut found[..new.len()];
+        // SAFETY: as promised by the caller.
+        unsafe { std::ptr::copy_nonoverlapping(at, found.as_mut_ptr(), new.len()) };
+        let is_same = found == old;
+        if is_same {
+            // SAFETY: as promised by the caller.
+            unsafe { std::ptr::copy_nonoverlapping(new.as_ptr(), at, new.len()) };
+        }
+        old.copy_from_slice(found);
+        is_same
+    })
+}
+
+/// CMPXCHG16B; what it found.
+///
+/// # Safety
+/// As for [`store`]; the address is aligned, and the processor has the instruction.
+unsafe fn compare_exchange_16(at: *mut u128, old: u128, new: u128) -> u128 {
+    let (mut low, mut high) = (old as u64, (old >> 64) as u64);
+    // SAFETY: as promised by the caller. RBX, which belongs to the compiler, is put back.
+    unsafe {
+        std::arch::asm!(
+            "xchg rbx, rsi",
+            "lock cmpxchg16b [rdi]",
+            "mov rbx, rsi",
+            in("rdi") at,
+            inout("rsi") new as u64 => _,
+            in("rcx") (new >> 64) as u64,
+            inout("rax") low,
+            inout("rdx") high,
+            options(nostack),
+        );
+    }
+    u128::from(high) << 64 | u128::from(low)
 }
 
 #[cfg(all(test, not(miri), not(feature = "model")))]

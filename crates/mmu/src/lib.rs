@@ -103,7 +103,7 @@ pub use dirty_log::{DirtyLogError, DirtySink};
 pub use fault::{FaultError, FaultResult};
 pub use gate::{Entry, Flush, Gate, Processors};
 pub use guest_memory::AccessError;
-pub use host::{HostAccess, HostMemory, ProcessMemory};
+pub use host::{Gone, HostAccess, HostMemory, ProcessMemory};
 pub use invalidate::Invalidation;
 pub use memslot::{AddressSpace, MemoryRegion, Memslot, Memslots, SlotError, SlotFlags, SlotId};
 pub use mmio::MmioAccess;

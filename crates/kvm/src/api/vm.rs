@@ -437,6 +437,16 @@ impl VmFd {
         if bytes.iter().any(|&byte| byte & !ACCESS_TRAP_EXECUTION != 0) {
             return fail(libc::EINVAL);
         }
+        // All frames have a slot, or nothing is changed.
+        let end = first.checked_add(bytes.len() as u64);
+        let end = end.ok_or(Error::new(libc::EINVAL))?;
+        let slots = self.vm.mmu.slots();
+        let mut at = first;
+        while at < end {
+            let slot = slots.find(mmu::AddressSpace::Normal, Gfn::new(at));
+            at = slot.ok_or(Error::new(libc::ENOENT))?.gfns().end.get();
+        }
+        drop(slots);
         let mut at = first;
         for run in bytes.chunk_by(|a, b| a == b) {
             self.set_execution_traps(at, run.len() as u64, run[0] != 0)?;

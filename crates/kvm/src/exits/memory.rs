@@ -2,6 +2,7 @@
 
 use super::{Outcome, internal_error, unknown};
 use crate::events::PendingException;
+use crate::guest_walk::LinearError;
 use crate::mmio;
 use crate::vcpu::{Core, Vcpu};
 use arch::addr::Gpa;
@@ -175,6 +176,18 @@ fn fault_error(core: &mut Core, vcpu: &Vcpu, error: FaultError) -> Outcome {
         FaultError::OutOfTables => Outcome::Fail(libc::ENOMEM),
         FaultError::HostMemory { gpa, .. } => memory_fault(core, vcpu, gpa.page_base(), 4096),
         _ => Outcome::Fail(libc::EFAULT),
+    }
+}
+
+/// What becomes of an instruction whose linear memory was not accessed.
+pub(crate) fn linear_error(core: &mut Core, vcpu: &Vcpu, error: LinearError) -> Outcome {
+    match error {
+        LinearError::Fault(exception) => {
+            core.events.raise(exception);
+            Outcome::Resume
+        }
+        LinearError::NoMemory => emulation_failure(core, vcpu),
+        LinearError::HostMemory(gpa) => memory_fault(core, vcpu, gpa.page_base(), 4096),
     }
 }
 

@@ -20,7 +20,8 @@ use kvm_bindings::*;
 pub(crate) use control_registers::{valid_cr0, valid_cr4, valid_xcr0};
 pub(crate) use exceptions::step_exit;
 pub(crate) use memory::{
-    emulation_failure, fault_outcome, forget_missing_memory, missing_table, violation_code,
+    emulation_failure, fault_outcome, forget_missing_memory, linear_error, missing_table,
+    violation_code,
 };
 
 /// What follows a handled exit.

@@ -7,7 +7,6 @@
 use super::control_registers::{load_cr0, load_cr3, load_cr4};
 use super::{Outcome, general_protection, internal_error};
 use crate::events::PendingException;
-use crate::guest_walk::LinearError;
 use crate::mmio;
 use crate::vcpu::{Core, Vcpu};
 use arch::addr::{Gpa, Gva, Hva};
@@ -424,13 +423,8 @@ pub(super) fn invlpg(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
 pub(super) fn invpcid(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
     let gva = operand_address(core, exit);
     let mut bytes = [0; 16];
-    match core.read_linear(vcpu, gva, &mut bytes) {
-        Ok(()) => {}
-        Err(LinearError::Fault(exception)) => {
-            core.events.raise(exception);
-            return Outcome::Resume;
-        }
-        Err(LinearError::NoMemory) => return super::emulation_failure(core, vcpu),
+    if let Err(error) = core.read_linear(vcpu, gva, &mut bytes) {
+        return super::linear_error(core, vcpu, error);
     }
     let kind = register(core, exit.instruction_info >> 28);
     let descriptor = u128::from_le_bytes(bytes);

@@ -5,7 +5,7 @@
 //!
 //! Source: SDM volume 3, "Task Management" and "Treatment of Task Switches".
 
-use super::{Outcome, emulation_failure};
+use super::{Outcome, linear_error};
 use crate::events::{self, PendingException};
 use crate::guest_walk::LinearError;
 use crate::vcpu::{Core, Vcpu};
@@ -24,27 +24,12 @@ const ACCESSED: u32 = 1 << 8;
 /// Selector bit: the descriptor is in the LDT.
 const TABLE_LOCAL: u16 = 4;
 
-/// Why a task switch did not come to its end.
-#[derive(Clone, Copy, Debug)]
-enum Failure {
-    Fault(PendingException),
-    NoMemory,
-}
-
-impl From<LinearError> for Failure {
-    fn from(error: LinearError) -> Failure {
-        match error {
-            LinearError::Fault(fault) => Failure::Fault(fault),
-            LinearError::NoMemory => Failure::NoMemory,
-        }
-    }
-}
-
-type Result<T> = std::result::Result<T, Failure>;
+/// Why a task switch did not come to its end is why memory was not accessed, or an exception.
+type Result<T> = std::result::Result<T, LinearError>;
 
 /// An exception about a selector (or, with 0, about none).
 fn fault<T>(exception: Exception, selector: u16, external: bool) -> Result<T> {
-    Err(Failure::Fault(PendingException {
+    Err(LinearError::Fault(PendingException {
         vector: exception.vector(),
         error_code: Some((selector & !3) as u32 | external as u32),
         payload: None,
@@ -216,11 +201,7 @@ pub(super) fn task_switch(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcom
             }
             Outcome::Resume
         }
-        Err(Failure::Fault(fault)) => {
-            core.events.raise(fault);
-            Outcome::Resume
-        }
-        Err(Failure::NoMemory) => emulation_failure(core, vcpu),
+        Err(error) => linear_error(core, vcpu, error),
     }
 }
 
@@ -233,9 +214,8 @@ impl Switch<'_> {
     }
 
     fn write(&self, address: u64, bytes: &[u8]) -> Result<()> {
-        Ok(self
-            .core
-            .write_system(self.vcpu, address & 0xffff_ffff, bytes)?)
+        self.core
+            .write_system(self.vcpu, address & 0xffff_ffff, bytes)
     }
 
     /// The descriptor that a selector names, `None` if it lies outside its table.
@@ -545,7 +525,7 @@ impl Switch<'_> {
             return fault(Exception::GeneralProtection, 0, self.external);
         }
         if format.is_wide() && image[Format::TRAP] & 1 != 0 {
-            return Err(Failure::Fault(PendingException {
+            return Err(LinearError::Fault(PendingException {
                 vector: Exception::Debug.vector(),
                 error_code: None,
                 payload: Some(Dr6::BT.bits()),

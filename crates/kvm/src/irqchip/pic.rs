@@ -286,7 +286,7 @@ impl PicPair {
     /// its service ended at once (automatic EOI).
     pub fn acknowledge(&mut self) -> (u8, Option<u8>) {
         let Some(input) = self.pics[0].requested(true) else {
-            return (self.pics[0].irq_base + 7, None);
+            return (self.pics[0].irq_base.wrapping_add(7), None);
         };
         self.pics[0].acknowledge(input);
         let (vector, irq, ended) = if input == CASCADE {
@@ -296,12 +296,13 @@ impl PicPair {
                 self.pics[1].acknowledge(line);
             }
             (
-                self.pics[1].irq_base + line,
+                self.pics[1].irq_base.wrapping_add(line),
                 line + 8,
                 self.pics[1].auto_eoi,
             )
         } else {
-            (self.pics[0].irq_base + input, input, self.pics[0].auto_eoi)
+            let vector = self.pics[0].irq_base.wrapping_add(input);
+            (vector, input, self.pics[0].auto_eoi)
         };
         self.update_cascade();
         (vector, ended.then_some(irq))

@@ -9,15 +9,13 @@ use crate::host::HostAccess;
 use crate::memslot::{AddressSpace, Memslots};
 use crate::mmu::Mmu;
 use crate::sync::{Mutant, is_mutant, point};
-use arch::addr::{Gfn, Gpa};
+use arch::addr::{Gfn, Gpa, Hva};
 use arch::page_fault::ErrorCode;
 use arch::paging::{
     Access, Entry, EptAccess, EptFault, EptPaging, EptRights, EptViolation, Exchange, FaultKind,
     GuestPaging, GuestTables, Level, Marked, Mode, PagingFormat, Privilege, Protection, Rights,
     TableMemory, WalkError, entry as x86, walk,
 };
-use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::{AtomicU32, AtomicU64};
 
 /// A guest format that can be shadowed.
 pub(super) trait Shadowed: PagingFormat<Rights: ShadowRights> {}
@@ -69,46 +67,36 @@ pub(super) struct GuestMemory<'a> {
 pub(super) struct NoTable;
 
 impl GuestMemory<'_> {
-    fn host(&self, gpa: u64, access: HostAccess) -> Option<u64> {
+    fn host(&self, gpa: u64, access: HostAccess) -> Option<Hva> {
         let gpa = Gpa::new(gpa);
         let slot = self.slots.find(self.space, gpa.gfn())?;
-        let hva = self.mmu.accessible(slot, gpa, access);
-        hva.ok().map(|hva| hva.get())
+        self.mmu.accessible(slot, gpa, access).ok()
     }
 
     /// Reads the entry of `bytes` bytes at a guest address.
     pub(super) fn entry(&self, gpa: u64, bytes: u64) -> Option<u64> {
         let hva = self.host(gpa, HostAccess::Read)?;
-        Some(load(hva, bytes))
-    }
-}
-
-/// Reads an entry at a host address that [`GuestMemory`] gave.
-fn load(hva: u64, bytes: u64) -> u64 {
-    point();
-    // SAFETY: the page was shown to be there, its slot is kept by the caller's read section, and
-    // entries are aligned. Guest memory is only reached through raw pointers and atomics.
-    unsafe {
-        if bytes == 4 {
-            AtomicU32::from_ptr(hva as *mut u32).load(SeqCst).into()
-        } else {
-            AtomicU64::from_ptr(hva as *mut u64).load(SeqCst)
-        }
+        point();
+        let mut entry = [0; 8];
+        // SAFETY: the page was shown to be there, its slot is kept by the caller's read section, and
+        // entries are aligned. Guest memory is only reached through raw pointers and atomics.
+        let read = unsafe { self.mmu.host.read(hva, &mut entry[..bytes as usize]) };
+        read.ok().map(|()| u64::from_le_bytes(entry))
     }
 }
 
 impl TableMemory for GuestMemory<'_> {
     type Error = NoTable;
-    type Handle = u64;
+    type Handle = ();
 
-    fn read<E: Entry>(&mut self, address: u64, _: Level) -> Result<(E, u64), NoTable> {
-        let hva = self.host(address, HostAccess::Read).ok_or(NoTable)?;
-        Ok((E::from_u64(load(hva, E::SIZE)), hva))
+    fn read<E: Entry>(&mut self, address: u64, _: Level) -> Result<(E, ()), NoTable> {
+        let entry = self.entry(address, E::SIZE).ok_or(NoTable)?;
+        Ok((E::from_u64(entry), ()))
     }
 
     fn compare_exchange<E: Entry>(
         &mut self,
-        _: u64,
+        (): (),
         address: u64,
         old: E,
         new: E,
@@ -117,19 +105,15 @@ impl TableMemory for GuestMemory<'_> {
         let Some(hva) = self.host(address, HostAccess::Write) else {
             return Ok(Exchange::Ignored);
         };
-        let (old, new) = (old.to_u64(), new.to_u64());
-        // SAFETY: as in `load`, and the page takes writes.
-        let is_written = unsafe {
-            if E::SIZE == 4 {
-                AtomicU32::from_ptr(hva as *mut u32)
-                    .compare_exchange(old as u32, new as u32, SeqCst, SeqCst)
-                    .is_ok()
-            } else {
-                AtomicU64::from_ptr(hva as *mut u64)
-                    .compare_exchange(old, new, SeqCst, SeqCst)
-                    .is_ok()
-            }
+        let (mut old, new) = (old.to_u64().to_le_bytes(), new.to_u64().to_le_bytes());
+        let size = E::SIZE as usize;
+        // SAFETY: as in `entry`, and the page takes writes.
+        let exchanged = unsafe {
+            self.mmu
+                .host
+                .compare_exchange(hva, &mut old[..size], &new[..size])
         };
+        let is_written = exchanged.map_err(|_| NoTable)?;
         if !is_written {
             return Ok(Exchange::Changed);
         }
@@ -277,7 +261,7 @@ impl Request<'_> {
 /// What a completed walk of EPT tables says for an access, or that of paging tables once it is judged.
 fn describe<F: Shadowed>(
     mode: &Mode<F>,
-    found: &arch::paging::Walk<F, u64>,
+    found: &arch::paging::Walk<F, ()>,
     is_dirty: bool,
     root: u64,
 ) -> Found {
