@@ -91,6 +91,8 @@ pub const LASTBRANCHTOIP: u32 = 0x1dc;
 pub const LASTINTFROMIP: u32 = 0x1dd;
 /// Last branch destination before an event.
 pub const LASTINTTOIP: u32 = 0x1de;
+/// Power control.
+pub const POWER_CTL: u32 = 0x1fc;
 /// First variable-range MTRR base.
 pub const MTRR_PHYSBASE0: u32 = 0x200;
 /// First variable-range MTRR mask.

@@ -77,6 +77,7 @@ pub(crate) fn check(capability: u32) -> i32 {
         | KVM_CAP_IMMEDIATE_EXIT
         | KVM_CAP_GET_MSR_FEATURES
         | KVM_CAP_MSR_PLATFORM_INFO
+        | KVM_CAP_ENFORCE_PV_FEATURE_CPUID
         | KVM_CAP_COALESCED_PIO
         | KVM_CAP_EXCEPTION_PAYLOAD
         | KVM_CAP_X86_MSR_FILTER
@@ -202,10 +203,15 @@ pub(crate) fn enable(vm: &Vm, request: &kvm_enable_cap) -> Result<()> {
             vm.update_settings(|s| s.exit_on_emulation_failure = value != 0);
         }
         KVM_CAP_MAX_VCPU_ID => {
-            if value == 0 || value > MAX_VCPU_ID as u64 || vm.has_vcpus() {
+            // Set once, before there are vCPUs; the same again changes nothing.
+            let current = vm.settings().max_vcpu_id;
+            if current == Some(value as u32) {
+                return Ok(());
+            }
+            if value == 0 || value > MAX_VCPU_ID as u64 || vm.has_vcpus() || current.is_some() {
                 return fail(libc::EINVAL);
             }
-            vm.update_settings(|s| s.max_vcpu_id = value as u32);
+            vm.update_settings(|s| s.max_vcpu_id = Some(value as u32));
         }
         KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 => {
             let enable = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE as u64;

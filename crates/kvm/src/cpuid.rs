@@ -297,6 +297,8 @@ pub struct Dynamic {
     pub apic_base: u64,
     /// IA32_MISC_ENABLE.
     pub misc_enable: u64,
+    /// MWAIT shows as IA32_MISC_ENABLE has it.
+    pub mwait_follows: bool,
 }
 
 /// The CPUID that user space gave a vCPU.
@@ -339,9 +341,20 @@ impl Table {
         }
     }
 
-    /// KVM_GET_CPUID2.
-    pub fn entries(&self) -> &[kvm_cpuid_entry2] {
-        &self.entries
+    /// Whether user space gave none.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// KVM_GET_CPUID2: the entries with what they reflect of a vCPU's state.
+    pub fn entries(&self, dynamic: &Dynamic) -> Vec<kvm_cpuid_entry2> {
+        let mut entries = self.entries.clone();
+        for e in &mut entries {
+            let raw = Output([e.eax, e.ebx, e.ecx, e.edx]);
+            let Output(shown) = apply_dynamic(e.function, e.index, raw, dynamic);
+            [e.eax, e.ebx, e.ecx, e.edx] = shown;
+        }
+        entries
     }
 
     fn find(&self, function: u32, index: u32) -> Option<&kvm_cpuid_entry2> {
@@ -451,6 +464,10 @@ fn apply_dynamic(function: u32, index: u32, mut output: Output, dynamic: &Dynami
                 Feature::APIC,
                 dynamic.apic_base & apic_base::ENABLE != 0,
             );
+            if dynamic.mwait_follows {
+                let mwait = dynamic.misc_enable & misc_enable::MWAIT != 0;
+                set(&mut output, Feature::MONITOR, mwait);
+            }
         }
         (7, 0) => set(&mut output, Feature::OSPKE, dynamic.cr4.contains(Cr4::PKE)),
         (0xd, 0) => output.0[1] = xsave_size(dynamic.xcr0),
@@ -473,6 +490,7 @@ mod tests {
             xcr0: 1,
             apic_base: 0,
             misc_enable: 0,
+            mwait_follows: false,
         }
     }
 

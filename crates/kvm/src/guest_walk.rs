@@ -289,17 +289,12 @@ impl Core {
     /// The bytes at RIP that can be read, at most 15.
     pub(crate) fn instruction_bytes(&self, vcpu: &Vcpu) -> ([u8; 15], usize) {
         let state = &self.cpu.state;
-        let base = if self.is_64bit() {
-            0
-        } else {
-            state.segments[SegmentName::Cs as usize].base
-        };
         let mut access = Access::FETCH;
         access.set(Access::USER, state.cpl() == 3);
         let mut bytes = [0; 15];
         let mut done = 0;
         while done < bytes.len() {
-            let at = base.wrapping_add(state.rip).wrapping_add(done as u64);
+            let at = self.linear_rip().wrapping_add(done as u64);
             let part = page_part(at, bytes.len() - done);
             let Ok(found) = self.translate(vcpu, at, access, false) else {
                 break;

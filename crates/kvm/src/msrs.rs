@@ -88,13 +88,13 @@ static TABLE: &[Row] = &[
     one(
         msr::KVM_WALL_CLOCK,
         State,
-        h::read_stored,
+        h::read_paravirtual,
         h::write_wall_clock,
     ),
     one(
         msr::KVM_SYSTEM_TIME,
         State,
-        h::read_stored,
+        h::read_paravirtual,
         h::write_system_time,
     ),
     one(msr::PLATFORM_ID, No, h::read_zero, h::reject),
@@ -160,6 +160,7 @@ static TABLE: &[Row] = &[
         h::read_zero,
         h::ignore,
     ),
+    one(msr::POWER_CTL, State, h::read_stored, h::write_stored),
     row(
         msr::MTRR_PHYSBASE0,
         msr::MTRR_PHYSBASE0 + 2 * VARIABLE_MTRRS - 1,
@@ -201,6 +202,12 @@ static TABLE: &[Row] = &[
         h::read_stored,
         h::write_mtrr_def_type,
     ),
+    one(
+        msr::PERF_CAPABILITIES,
+        State,
+        h::read_perf_capabilities,
+        h::write_perf_capabilities,
+    ),
     row(
         msr::MC0_CTL,
         msr::MC0_CTL + 4 * MCE_BANKS as u32 - 1,
@@ -225,13 +232,13 @@ static TABLE: &[Row] = &[
     one(
         msr::KVM_WALL_CLOCK_NEW,
         State,
-        h::read_stored,
+        h::read_paravirtual,
         h::write_wall_clock,
     ),
     one(
         msr::KVM_SYSTEM_TIME_NEW,
         State,
-        h::read_stored,
+        h::read_paravirtual,
         h::write_system_time,
     ),
     one(
@@ -323,6 +330,7 @@ const DIRECT: &[(u32, bool)] = &[
 const FEATURES: &[(u32, u64)] = &[
     (msr::ARCH_CAPABILITIES, handlers::ARCH_CAPABILITIES),
     (msr::BIOS_SIGN_ID, handlers::MICROCODE_REVISION),
+    (msr::PERF_CAPABILITIES, handlers::PERF_CAPABILITIES),
     (msr::AMD64_DE_CFG, handlers::DE_CFG_LFENCE_SERIALIZE),
 ];
 

@@ -153,21 +153,19 @@ pub(crate) fn complete(core: &mut Core, vcpu: &Vcpu) -> Outcome {
     }
     let access = pending.access;
     if access.string {
+        // User space may have changed the count; never more is moved than it says.
+        let mask = pending.string.mask;
+        let remaining = remaining(core, &access, mask);
+        let count = remaining.min(pending.count as u64) as usize;
         if access.input {
             let mut data = [0; BATCH];
-            let data = &mut data[..access.size as usize * pending.count];
+            let data = &mut data[..access.size as usize * count];
             vcpu.run_area().read_pio(data);
             if let Err(outcome) = store(core, vcpu, &pending.string, data) {
                 return outcome;
             }
         }
-        finish_string(
-            core,
-            &access,
-            pending.count,
-            pending.string.mask,
-            pending.length,
-        );
+        finish_string(core, &access, count, mask, pending.length);
         return Outcome::Resume;
     }
     if access.input {
@@ -217,11 +215,7 @@ fn string(core: &mut Core, vcpu: &Vcpu, exit: &VmExit, access: IoAccess) -> Outc
         gva: exit.guest_linear_address,
         mask,
     };
-    let remaining = if access.rep {
-        core.cpu.state.gpr(Gpr::Rcx) & mask
-    } else {
-        1
-    };
+    let remaining = remaining(core, &access, mask);
     if remaining == 0 {
         core.skip(exit);
         return Outcome::Resume;
@@ -267,6 +261,15 @@ fn string(core: &mut Core, vcpu: &Vcpu, exit: &VmExit, access: IoAccess) -> Outc
     let count = if one_by_one { 1 } else { count };
     vcpu.run_area().write_pio(&bytes[..count * size]);
     to_user(core, vcpu, exit, access, count, operand)
+}
+
+/// How many elements are still to be moved.
+fn remaining(core: &Core, access: &IoAccess, mask: u64) -> u64 {
+    if access.rep {
+        core.cpu.state.gpr(Gpr::Rcx) & mask
+    } else {
+        1
+    }
 }
 
 /// How many elements go at once: those in the first page, one when counting down.

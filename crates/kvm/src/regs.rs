@@ -213,8 +213,11 @@ impl Core {
         } else {
             !efer.contains(Efer::LMA) && s.cs.l == 0
         };
-        let known_features = self.cpuid.entries().is_empty();
-        let cr4_allowed = known_features || valid_cr4(&self.features, s.cr4);
+        let cr4_allowed = if self.cpuid.is_empty() {
+            valid_cr4(&crate::cpuid::supported_features(), s.cr4)
+        } else {
+            valid_cr4(&self.features, s.cr4)
+        };
         if !consistent || !valid_cr0(s.cr0 & 0xffff_ffff) || s.cr0 >> 32 != 0 || !cr4_allowed {
             return fail(libc::EINVAL);
         }

@@ -87,6 +87,8 @@ pub(crate) struct Core {
     pub(crate) msr_filter: Option<Arc<crate::msr_filter::MsrFilter>>,
     pub(crate) cpuid: Table,
     pub(crate) features: Features,
+    /// KVM_CAP_ENFORCE_PV_FEATURE_CPUID.
+    pub(crate) enforces_paravirtual: bool,
     pub(crate) tsc: GuestTsc,
     pub(crate) mp_state: MpState,
     /// The halt is the processor's own business (KVM_X86_DISABLE_EXITS_HLT): to user space the
@@ -214,6 +216,7 @@ impl Vcpu {
             msr_filter: None,
             cpuid: Table::default(),
             features: Features::NONE,
+            enforces_paravirtual: false,
             tsc: GuestTsc::host(),
             mp_state: if waits {
                 MpState::Uninitialized
@@ -451,7 +454,23 @@ impl Core {
             xcr0: self.cpu.state.xcr0.bits(),
             apic_base: vcpu.apic_base(self),
             misc_enable: self.msrs.get(msr::MISC_ENABLE),
+            mwait_follows: vcpu.vm().cpuid_follows_misc_enable(),
         }
+    }
+
+    /// Whether the guest's CPUID shows MONITOR and MWAIT.
+    pub(crate) fn has_mwait(&self, vcpu: &Vcpu) -> bool {
+        let shown = Features::read(|leaf, subleaf| {
+            self.cpuid
+                .execute(leaf, subleaf, &|| self.dynamic_cpuid(vcpu))
+        });
+        shown.has(Feature::MONITOR)
+    }
+
+    /// Whether the guest has a paravirtual feature (a bit of [`crate::cpuid::pv`]): all of them,
+    /// unless CPUID's word is to be taken for it.
+    pub(crate) fn offers_paravirtual(&self, feature: u32) -> bool {
+        !self.enforces_paravirtual || self.cpuid.paravirtual() & feature != 0
     }
 
     /// Whether the guest runs 64-bit code.
@@ -459,6 +478,16 @@ impl Core {
         let state = &self.cpu.state;
         let cs = &state.segments[SegmentName::Cs as usize];
         state.long_mode() && cs.access.has(arch::segment::AccessRights::L)
+    }
+
+    /// The linear address of the instruction at RIP.
+    pub(crate) fn linear_rip(&self) -> u64 {
+        let state = &self.cpu.state;
+        if self.is_64bit() {
+            return state.rip;
+        }
+        let base = state.segments[SegmentName::Cs as usize].base;
+        base.wrapping_add(state.rip) & 0xffff_ffff
     }
 
     /// Moves past the instruction that exited.
@@ -517,6 +546,10 @@ impl Core {
         if let Some(vector) = self.port_io.pending_eoi.take() {
             let outcome = exits::ioapic_eoi(self, vcpu, vector);
             return self.finish(vcpu, outcome);
+        }
+        // `exit_reason` stays: a caller that only completes its I/O still has that to read.
+        if vcpu.run_area().immediate_exit() {
+            return fail(libc::EINTR);
         }
         if self.signal_pending(vcpu) {
             return self.finish(vcpu, Outcome::Interrupted);
@@ -578,10 +611,9 @@ impl Core {
     /// A processor that has not been started waits for INIT and SIPI inside KVM_RUN.
     fn wait_for_startup(&mut self, vcpu: &Vcpu) -> Result<()> {
         if vcpu.run_area().immediate_exit() {
-            return self.finish(vcpu, Outcome::Interrupted);
+            return fail(libc::EINTR);
         }
         match self.block(vcpu) {
-            Outcome::Resume if self.mp_state == MpState::Runnable => fail(libc::EAGAIN),
             Outcome::Resume => fail(libc::EAGAIN),
             other => self.finish(vcpu, other),
         }

@@ -92,7 +92,10 @@ pub(crate) struct Settings {
     pub(crate) manual_dirty_log: u64,
     /// Bytes of each vCPU's dirty ring, 0 without.
     pub(crate) dirty_ring: u32,
-    pub(crate) max_vcpu_id: u32,
+    /// Vcpu IDs are below this, if it was set.
+    pub(crate) max_vcpu_id: Option<u32>,
+    /// The guest may not read MSR_PLATFORM_INFO.
+    pub(crate) hides_platform_info: bool,
 }
 
 impl Default for Settings {
@@ -111,7 +114,8 @@ impl Default for Settings {
             msr_filter: None,
             manual_dirty_log: 0,
             dirty_ring: 0,
-            max_vcpu_id: MAX_VCPU_ID,
+            max_vcpu_id: None,
+            hides_platform_info: false,
         }
     }
 }
@@ -122,6 +126,7 @@ struct TscSync {
     value: u64,
     host: u64,
     offset: u64,
+    multiplier: u64,
 }
 
 /// A virtual machine.
@@ -203,6 +208,7 @@ impl Vm {
                 value: 0,
                 host,
                 offset: 0u64.wrapping_sub(host),
+                multiplier: 1 << 48,
             }),
             default_tsc_khz: AtomicU64::new(tsc_khz()),
             tss_address: AtomicU64::new(0),
@@ -251,6 +257,12 @@ impl Vm {
         self.creation.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether CPUID shows MWAIT as IA32_MISC_ENABLE has it, rather than as user space gave it.
+    pub(crate) fn cpuid_follows_misc_enable(&self) -> bool {
+        let quirk = kvm_bindings::KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT as u64;
+        self.settings().disabled_quirks & quirk != 0
+    }
+
     /// Whether a vCPU exists.
     pub(crate) fn has_vcpus(&self) -> bool {
         !self.creation().is_empty()
@@ -260,7 +272,7 @@ impl Vm {
     pub(crate) fn create_vcpu(self: &Arc<Self>, id: u64) -> Result<Arc<Vcpu>> {
         self.check_alive()?;
         let mut created = self.creation();
-        let limit = self.settings().max_vcpu_id.min(MAX_VCPU_ID) as u64;
+        let limit = self.settings().max_vcpu_id.unwrap_or(MAX_VCPU_ID) as u64;
         if id >= limit {
             return fail(libc::EINVAL);
         }
@@ -542,7 +554,7 @@ impl Vm {
     pub(crate) fn initial_tsc(&self) -> GuestTsc {
         let sync = *self.tsc_sync.lock().unwrap_or_else(PoisonError::into_inner);
         let scaled = crate::tsc_scaling::scaled(self.default_tsc_khz());
-        if scaled.multiplier == 1 << 48 {
+        if scaled.multiplier == sync.multiplier {
             return GuestTsc {
                 offset: sync.offset,
                 ..scaled
@@ -558,7 +570,7 @@ impl Vm {
     ///
     /// A VMM that restores several vCPUs writes nearly equal values one after the other and means
     /// them to be the same: a write within a second of where the counter already would be joins
-    /// the previous one.
+    /// the previous one. So does a write of 0, by which vCPUs are initialised.
     pub(crate) fn synchronized_tsc_offset(&self, guest: &GuestTsc, value: u64, host: u64) -> u64 {
         let mut sync = self.tsc_sync.lock().unwrap_or_else(PoisonError::into_inner);
         let joined = GuestTsc {
@@ -566,7 +578,8 @@ impl Vm {
             ..*guest
         };
         let distance = joined.at(host).abs_diff(value);
-        if distance < guest.khz * 1000 && guest.multiplier == 1 << 48 {
+        let joins = value == 0 || distance < guest.khz * 1000;
+        if joins && guest.multiplier == sync.multiplier {
             return sync.offset;
         }
         let offset = guest.offset_for(value, host);
@@ -574,6 +587,7 @@ impl Vm {
             value,
             host,
             offset,
+            multiplier: guest.multiplier,
         };
         offset
     }

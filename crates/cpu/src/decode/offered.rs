@@ -43,7 +43,7 @@ fn has(needed: CpuidFeature, features: &Features) -> bool {
         | C::HLE_or_RTM
         | C::UDBG => return true,
         // Decided by the handlers: exits or #UD by mode.
-        C::VMX | C::SVM | C::INVEPT | C::INVVPID | C::RDPMC => return true,
+        C::VMX | C::SVM | C::INVEPT | C::INVVPID | C::RDPMC | C::MONITOR => return true,
         C::SGX1 => return true,
         C::FPU => Feature::FPU,
         C::TSC => Feature::TSC,
@@ -92,7 +92,6 @@ fn has(needed: CpuidFeature, features: &Features) -> bool {
         C::WBNOINVD => Feature::WBNOINVD,
         C::SYSCALL => Feature::SYSCALL,
         C::SEP => Feature::SEP,
-        C::MONITOR => Feature::MONITOR,
         C::VAES => Feature::VAES,
         C::VPCLMULQDQ => Feature::VPCLMULQDQ,
         C::WAITPKG => Feature::WAITPKG,

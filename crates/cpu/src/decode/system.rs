@@ -165,7 +165,10 @@ pub(super) fn system(c: &Context<'_>, op: &mut Op) -> Choice {
         }
         Mnemonic::Encls => last(privileged::encls),
         Mnemonic::Vmfunc => last(privileged::vmfunc),
-        Mnemonic::Vmcall | Mnemonic::Vmmcall => last(privileged::vmcall),
+        Mnemonic::Vmcall | Mnemonic::Vmmcall => {
+            op.aux = u8::from(m == Mnemonic::Vmmcall);
+            last(privileged::vmcall)
+        }
         _ => vmx(c, op),
     }
 }

@@ -59,8 +59,13 @@ impl Vcpu {
 
     /// The guest's time-stamp counter.
     pub(crate) fn guest_tsc(&self) -> u64 {
-        // SAFETY: RDTSC has no preconditions on processors this crate runs on.
-        let host = unsafe { core::arch::x86_64::_rdtsc() };
+        // SAFETY: RDTSC and LFENCE have no preconditions on processors this crate runs on. The host
+        // may read its counter before loads that come earlier: a guest that has just read another
+        // vCPU's reading from memory would find its own to be the smaller one.
+        let host = unsafe {
+            core::arch::x86_64::_mm_lfence();
+            core::arch::x86_64::_rdtsc()
+        };
         let controls = self.controls();
         if !self.primary(PrimaryControls::TSC_OFFSETTING) {
             return host;

@@ -281,7 +281,10 @@ pub(crate) fn pkru(cpu: &mut Vcpu, op: &Op) -> Flow {
 
 /// VMCALL and VMMCALL: exits at any privilege level.
 pub(crate) fn vmcall(cpu: &mut Vcpu, op: &Op) -> Flow {
-    cpu.exit_for(op, ExitReason::Vmcall, 0);
+    let mut exit = VmExit::new(ExitReason::Vmcall);
+    exit.instruction_length = op.len.into();
+    exit.instruction_info = op.aux.into();
+    cpu.stop_with(Cause::Exit(exit));
     Flow::Stop
 }
 

@@ -60,7 +60,7 @@ impl Vcpu {
 
 /// MONITOR (`aux` 0) and MWAIT (1).
 pub(crate) fn monitor(cpu: &mut Vcpu, op: &Op) -> Flow {
-    if !cpu.has(Feature::MONITOR) || cpu.cpl() != 0 {
+    if cpu.cpl() != 0 {
         cpu.undefined();
         return Flow::Stop;
     }
@@ -71,6 +71,11 @@ pub(crate) fn monitor(cpu: &mut Vcpu, op: &Op) -> Flow {
     };
     if cpu.primary(control) {
         cpu.exit_for(op, reason, 0);
+        return Flow::Stop;
+    }
+    // Whoever intercepts the instruction decides what a guest without the feature finds.
+    if !cpu.has(Feature::MONITOR) {
+        cpu.undefined();
         return Flow::Stop;
     }
     Flow::Next

@@ -133,8 +133,12 @@ impl VcpuFd {
         let mut core = self.core()?;
         let table = Table::new(entries);
         // What a running guest was told does not change under it.
-        if core.has_run && core.cpuid.entries() != table.entries() {
-            return fail(libc::EINVAL);
+        if core.has_run {
+            let dynamic = core.dynamic_cpuid(&self.vcpu);
+            if core.cpuid.entries(&dynamic) != table.entries(&dynamic) {
+                return fail(libc::EINVAL);
+            }
+            return Ok(());
         }
         core.apply_cpuid(table);
         Ok(())
@@ -146,16 +150,22 @@ impl VcpuFd {
     }
 
     pub(crate) fn cpuid_entries(&self) -> Result<Vec<kvm_cpuid_entry2>> {
-        Ok(self.core()?.cpuid.entries().to_vec())
+        let core = self.core()?;
+        Ok(core.cpuid.entries(&core.dynamic_cpuid(&self.vcpu)))
     }
 
     pub(crate) fn inner(&self) -> &Arc<Vcpu> {
         &self.vcpu
     }
 
-    /// KVM_ENABLE_CAP of the vCPU: none of what it could enable is offered.
-    pub fn enable_cap(&self, _cap: &kvm_enable_cap) -> Result<()> {
-        fail(libc::EINVAL)
+    /// KVM_ENABLE_CAP of the vCPU: KVM_CAP_ENFORCE_PV_FEATURE_CPUID.
+    pub fn enable_cap(&self, cap: &kvm_enable_cap) -> Result<()> {
+        let mut core = self.core()?;
+        if cap.flags != 0 || cap.cap != KVM_CAP_ENFORCE_PV_FEATURE_CPUID {
+            return fail(libc::EINVAL);
+        }
+        core.enforces_paravirtual = cap.args[0] != 0;
+        Ok(())
     }
 
     /// KVM_GET_LAPIC.

@@ -41,15 +41,12 @@ pub(super) fn exception(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome 
 
 /// KVM_EXIT_DEBUG.
 fn debug_exit(core: &mut Core, vcpu: &Vcpu, what: Exception, dr6: u64) -> Outcome {
-    let state = &core.cpu.state;
-    let code = &state.segments[arch::segment::SegmentName::Cs as usize];
-    let base = if core.is_64bit() { 0 } else { code.base };
     let arch = kvm_debug_exit_arch {
         exception: what.vector() as u32,
         pad: 0,
-        pc: base.wrapping_add(state.rip),
+        pc: core.linear_rip(),
         dr6,
-        dr7: core.debug.dr7(state),
+        dr7: core.debug.dr7(&core.cpu.state),
     };
     let run = vcpu.kvm_run(core);
     run.exit_reason = KVM_EXIT_DEBUG;
@@ -69,7 +66,7 @@ pub(crate) fn step_exit(core: &mut Core, vcpu: &Vcpu) -> Outcome {
 
 /// MOV DR exits only while user space owns the debug registers: the guest then sees values of
 /// its own that have no effect.
-pub(super) fn dr_access(core: &mut Core, _vcpu: &Vcpu, exit: &VmExit) -> Outcome {
+pub(super) fn dr_access(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
     let access = DrAccess::from_qualification(exit.qualification);
     if core.cpu.state.cpl() != 0 {
         return super::general_protection(core);
@@ -82,6 +79,10 @@ pub(super) fn dr_access(core: &mut Core, _vcpu: &Vcpu, exit: &VmExit) -> Outcome
         4 | 5 => access.dr + 2,
         other => other,
     };
+    // The exit came before general detect could raise #DB.
+    if core.cpu.state.dr7.contains(Dr7::GD) {
+        return debug_exit(core, vcpu, Exception::Debug, Dr6::BD.bits() | Dr6::FIXED_1);
+    }
     let register = access.register;
     let state = &mut core.cpu.state;
     let guest = core.debug.guest_registers(state);

@@ -4,8 +4,10 @@
 
 use super::Outcome;
 use crate::cpuid::pv;
+use crate::guest_walk::LinearError;
 use crate::irqchip::message::{DeliveryMode, Message, Shorthand};
 use crate::vcpu::{Completion, Core, Vcpu};
+use arch::exception::Exception;
 use arch::exit::VmExit;
 use cpu::Gpr;
 use kvm_bindings::*;
@@ -24,6 +26,10 @@ mod error {
 }
 
 pub(super) fn vmcall(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
+    let is_native = (exit.instruction_info == 0) != core.cpuid.is_amd();
+    if !is_native {
+        return correct(core, vcpu);
+    }
     core.exit_length = exit.instruction_length as u64;
     core.counters.hypercalls += 1;
     let wide = core.is_64bit();
@@ -49,8 +55,29 @@ pub(super) fn vmcall(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
     finish(core, result)
 }
 
+/// The guest used the other vendor's instruction (VMMCALL is AMD's): it is replaced, and executed
+/// again, unless KVM_X86_QUIRK_FIX_HYPERCALL_INSN is disabled.
+fn correct(core: &mut Core, vcpu: &Vcpu) -> Outcome {
+    const VMCALL: [u8; 3] = [0x0f, 0x01, 0xc1];
+    const VMMCALL: [u8; 3] = [0x0f, 0x01, 0xd9];
+    let quirk = KVM_X86_QUIRK_FIX_HYPERCALL_INSN as u64;
+    if vcpu.vm().settings().disabled_quirks & quirk != 0 {
+        core.raise(Exception::InvalidOpcode);
+        return Outcome::Resume;
+    }
+    let native = if core.cpuid.is_amd() { VMMCALL } else { VMCALL };
+    match core.write_linear(vcpu, core.linear_rip(), &native) {
+        Ok(()) => Outcome::Resume,
+        Err(LinearError::Fault(exception)) => {
+            core.events.raise(exception);
+            Outcome::Resume
+        }
+        Err(LinearError::NoMemory) => super::emulation_failure(core, vcpu),
+    }
+}
+
 fn execute(core: &mut Core, vcpu: &Vcpu, number: u64, arguments: [u64; 4]) -> i64 {
-    let offered = |feature| core.cpuid.paravirtual() & feature != 0;
+    let offered = |feature| core.offers_paravirtual(feature);
     match number {
         VAPIC_POLL_IRQ => 0,
         KICK_CPU if offered(pv::PV_UNHALT) => kick(vcpu, arguments[1] as u32),

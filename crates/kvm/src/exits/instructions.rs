@@ -59,11 +59,12 @@ pub(super) fn undefined(core: &mut Core, _vcpu: &Vcpu, _exit: &VmExit) -> Outcom
     Outcome::Resume
 }
 
-/// MONITOR and MWAIT are not offered, yet some guests execute them; by KVM's default they do
-/// nothing (KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS).
+/// MONITOR and MWAIT are not offered, yet some guests execute them; they do nothing. Without
+/// KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS that takes a guest whose CPUID has them.
 pub(super) fn mwait_or_monitor(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
     let quirk = kvm_bindings::KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS as u64;
-    if vcpu.vm().settings().disabled_quirks & quirk != 0 {
+    let is_required = vcpu.vm().settings().disabled_quirks & quirk != 0;
+    if is_required && !core.has_mwait(vcpu) {
         return undefined(core, vcpu, exit);
     }
     no_operation(core, vcpu, exit)

@@ -459,7 +459,7 @@ table! {
         0xa2 KVM_SET_DEBUGREGS (write kvm_debugregs) [KVM_CAP_DEBUGREGS] "Sets debug registers." => |vcpu, at| take(at, |registers| vcpu.set_debug_regs(&registers));
         0xa2 KVM_SET_TSC_KHZ (none) [KVM_CAP_TSC_CONTROL] "Frequency of the counter, by scaling." => |vcpu, khz| vcpu.set_tsc_khz(khz as u32).and(DONE);
         0xa3 KVM_GET_TSC_KHZ (none) [KVM_CAP_GET_TSC_KHZ] "Frequency of the counter." => |vcpu, _| value(vcpu.get_tsc_khz()?);
-        0xa3 KVM_ENABLE_CAP (write kvm_enable_cap) [KVM_CAP_ENABLE_CAP] "None of a vCPU's capabilities can be enabled." => |vcpu, at| take(at, |request| vcpu.enable_cap(&request));
+        0xa3 KVM_ENABLE_CAP (write kvm_enable_cap) [KVM_CAP_ENABLE_CAP] "Enables a capability of the vCPU: KVM_CAP_ENFORCE_PV_FEATURE_CPUID." => |vcpu, at| take(at, |request| vcpu.enable_cap(&request));
         0xa4 KVM_GET_XSAVE (read [u32; 1024]) [KVM_CAP_XSAVE] "Extended state in the standard format." => |vcpu, at| give(at, vcpu.get_xsave().map(|xsave| xsave.region));
         0xa5 KVM_SET_XSAVE (write [u32; 1024]) [KVM_CAP_XSAVE] "Sets extended state." => |vcpu, at| take(at, |region| vcpu.load_xsave(region));
         0xa6 KVM_GET_XCRS (read kvm_xcrs) [KVM_CAP_XCRS] "XCR0." => |vcpu, at| give(at, vcpu.get_xcrs());

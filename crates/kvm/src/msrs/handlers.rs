@@ -1,6 +1,7 @@
 //! The functions that [`super::TABLE`] names.
 
 use super::{Access, MsrError};
+use crate::cpuid::pv;
 use crate::irqchip::lapic::reg;
 use crate::time::{GuestTsc, tsc};
 use arch::addr::Gva;
@@ -16,6 +17,8 @@ pub(super) const ARCH_CAPABILITIES: u64 = 1 << 0 | 1 << 3 | 1 << 5 | 1 << 6 | 1 
 pub(super) const MICROCODE_REVISION: u64 = 0x1_0000_0000;
 /// AMD: LFENCE is dispatch-serializing.
 pub(super) const DE_CFG_LFENCE_SERIALIZE: u64 = 1 << 1;
+/// What IA32_PERF_CAPABILITIES can offer.
+pub(super) const PERF_CAPABILITIES: u64 = 0;
 /// MCG_CAP: IA32_MCG_CTL exists.
 pub(super) const MCG_CTL_PRESENT: u64 = 1 << 8;
 
@@ -81,6 +84,31 @@ pub(super) fn write_trusted_or_ignore(access: &mut Access<'_>, value: u64) -> Re
 
 pub(super) fn write_zero_only(_: &mut Access<'_>, value: u64) -> Result<()> {
     if value == 0 { Ok(()) } else { Err(INVALID) }
+}
+
+pub(super) fn read_platform_info(access: &mut Access<'_>) -> Result<u64> {
+    if !access.trusted && access.vcpu.vm().settings().hides_platform_info {
+        return Err(INVALID);
+    }
+    read_stored(access)
+}
+
+/// There are no performance counters: guests do not have this register, and user space finds
+/// nothing in it.
+pub(super) fn read_perf_capabilities(access: &mut Access<'_>) -> Result<u64> {
+    if access.trusted {
+        Ok(PERF_CAPABILITIES)
+    } else {
+        Err(INVALID)
+    }
+}
+
+pub(super) fn write_perf_capabilities(access: &mut Access<'_>, value: u64) -> Result<()> {
+    if access.trusted {
+        write_zero_only(access, value)
+    } else {
+        Err(INVALID)
+    }
 }
 
 /// Bus frequency code "100 MHz".
@@ -396,9 +424,21 @@ pub(super) fn write_feature_control(access: &mut Access<'_>, value: u64) -> Resu
 }
 
 pub(super) fn write_misc_enable(access: &mut Access<'_>, value: u64) -> Result<()> {
-    const READ_ONLY: u64 = misc_enable::EMON | misc_enable::BTS_UNAVAIL | misc_enable::PEBS_UNAVAIL;
+    const READ_ONLY: u64 = misc_enable::BTS_UNAVAIL | misc_enable::PEBS_UNAVAIL;
+    const IGNORED: u64 = misc_enable::EMON;
     let old = access.core.msrs.get(msr::MISC_ENABLE);
-    if !access.trusted && (old ^ value) & READ_ONLY != 0 {
+    let mut value = value;
+    if !access.trusted {
+        if (old ^ value) & READ_ONLY != 0 {
+            return Err(INVALID);
+        }
+        value = value & !IGNORED | old & IGNORED;
+    }
+    // What CPUID shows is only changed for processors that may have MWAIT: those with SSE3.
+    if (old ^ value) & misc_enable::MWAIT != 0
+        && access.vcpu.vm().cpuid_follows_misc_enable()
+        && !access.core.features.has(Feature::SSE3)
+    {
         return Err(INVALID);
     }
     write_stored(access, value)
@@ -513,11 +553,30 @@ pub(super) fn write_mce_ctl2(access: &mut Access<'_>, value: u64) -> Result<()> 
 
 // ---- Paravirtual ------------------------------------------------------------------------------
 
+/// Fails if the guest's CPUID lacks the register's feature and that counts
+/// (KVM_CAP_ENFORCE_PV_FEATURE_CPUID).
+fn require_paravirtual(access: &Access<'_>) -> Result<()> {
+    let feature = match access.index {
+        msr::KVM_WALL_CLOCK | msr::KVM_SYSTEM_TIME => pv::CLOCKSOURCE,
+        msr::KVM_WALL_CLOCK_NEW | msr::KVM_SYSTEM_TIME_NEW => pv::CLOCKSOURCE2,
+        msr::KVM_STEAL_TIME => pv::STEAL_TIME,
+        msr::KVM_PV_EOI_EN => pv::PV_EOI,
+        _ => pv::POLL_CONTROL,
+    };
+    if access.core.offers_paravirtual(feature) {
+        Ok(())
+    } else {
+        Err(INVALID)
+    }
+}
+
 pub(super) fn read_paravirtual(access: &mut Access<'_>) -> Result<u64> {
+    require_paravirtual(access)?;
     read_stored(access)
 }
 
 pub(super) fn write_wall_clock(access: &mut Access<'_>, value: u64) -> Result<()> {
+    require_paravirtual(access)?;
     // Both numbers name one register.
     access.core.msrs.set(msr::KVM_WALL_CLOCK, value);
     access.core.msrs.set(msr::KVM_WALL_CLOCK_NEW, value);
@@ -526,6 +585,7 @@ pub(super) fn write_wall_clock(access: &mut Access<'_>, value: u64) -> Result<()
 }
 
 pub(super) fn write_system_time(access: &mut Access<'_>, value: u64) -> Result<()> {
+    require_paravirtual(access)?;
     access.core.msrs.set(msr::KVM_SYSTEM_TIME, value);
     access.core.msrs.set(msr::KVM_SYSTEM_TIME_NEW, value);
     access
@@ -537,6 +597,7 @@ pub(super) fn write_system_time(access: &mut Access<'_>, value: u64) -> Result<(
 
 pub(super) fn write_steal_time(access: &mut Access<'_>, value: u64) -> Result<()> {
     const RESERVED: u64 = 0x3e;
+    require_paravirtual(access)?;
     if value & RESERVED != 0 {
         return Err(INVALID);
     }
@@ -550,6 +611,7 @@ pub(super) fn write_steal_time(access: &mut Access<'_>, value: u64) -> Result<()
 
 pub(super) fn write_pv_eoi(access: &mut Access<'_>, value: u64) -> Result<()> {
     const RESERVED: u64 = 0x2;
+    require_paravirtual(access)?;
     if value & RESERVED != 0 {
         return Err(INVALID);
     }
@@ -558,6 +620,7 @@ pub(super) fn write_pv_eoi(access: &mut Access<'_>, value: u64) -> Result<()> {
 }
 
 pub(super) fn write_poll_control(access: &mut Access<'_>, value: u64) -> Result<()> {
+    require_paravirtual(access)?;
     if value & !1 != 0 {
         return Err(INVALID);
     }
