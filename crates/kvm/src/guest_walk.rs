@@ -13,7 +13,6 @@ use arch::paging::{
     Access, Entry, Exchange, GuestControls, GuestError, GuestPaging, GuestRoot, Level, Privilege,
     TableMemory, Translation,
 };
-use arch::segment::SegmentName;
 use mmu::{AccessError, AddressSpace, Mmu};
 use std::ops::Range;
 

@@ -92,10 +92,8 @@ pub(crate) struct Settings {
     pub(crate) manual_dirty_log: u64,
     /// Bytes of each vCPU's dirty ring, 0 without.
     pub(crate) dirty_ring: u32,
-    /// Vcpu IDs are below this, if it was set.
+    /// IDs of vCPUs are below this, if it was set.
     pub(crate) max_vcpu_id: Option<u32>,
-    /// The guest may not read MSR_PLATFORM_INFO.
-    pub(crate) hides_platform_info: bool,
 }
 
 impl Default for Settings {
@@ -115,7 +113,6 @@ impl Default for Settings {
             manual_dirty_log: 0,
             dirty_ring: 0,
             max_vcpu_id: None,
-            hides_platform_info: false,
         }
     }
 }

@@ -425,14 +425,15 @@ fn immediate_exit_and_interruption() {
     let mut machine = Machine::new(Irqchip::None, 1, &code);
     machine.vcpu().set_kvm_immediate_exit(1);
     assert_eq!(machine.vcpu().run().unwrap_err().errno(), libc::EINTR);
-    assert_eq!(machine.vcpu().get_kvm_run().exit_reason, KVM_EXIT_INTR);
     machine.vcpu().set_kvm_immediate_exit(0);
     runs_to_stop(&mut machine);
-    // The port write is completed even though the run ends at once.
+    // The port write is completed even though the run ends at once, and the exit that it was stays
+    // to be read.
     machine.vcpu().set_kvm_immediate_exit(1);
     let before = machine.vcpu().get_regs().unwrap().rip;
     assert_eq!(machine.vcpu().run().unwrap_err().errno(), libc::EINTR);
     assert_eq!(machine.vcpu().get_regs().unwrap().rip, before + 2);
+    assert_eq!(machine.vcpu().get_kvm_run().exit_reason, KVM_EXIT_IO);
     machine.vcpu().set_kvm_immediate_exit(0);
     let interrupter = machine.vcpu().interrupter();
     let start = Instant::now();

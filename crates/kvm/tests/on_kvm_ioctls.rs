@@ -24,6 +24,8 @@ impl Options {
     }
 }
 
+#[path = "conformance.rs"]
+mod conformance;
 #[path = "corners.rs"]
 mod corners;
 #[path = "events.rs"]

@@ -1,6 +1,8 @@
 //! The guest tests once more, in VMs without EPT.
 #![allow(clippy::duplicate_mod, reason = "each program has a module of helpers")]
 
+#[path = "conformance.rs"]
+mod conformance;
 #[path = "corners.rs"]
 mod corners;
 #[path = "events.rs"]

@@ -61,10 +61,11 @@ fn nothing_is_lost_doubled_or_leaked() {
     for _ in 0..2 {
         round(length / 2);
     }
-    assert_eq!(
-        (descriptors(), threads()),
-        before,
-        "descriptors and threads"
+    // In a program with other tests, theirs were counted before, and are gone.
+    let after = (descriptors(), threads());
+    assert!(
+        after.0 <= before.0 && after.1 <= before.1,
+        "descriptors and threads: {before:?}, then {after:?}"
     );
 }
 

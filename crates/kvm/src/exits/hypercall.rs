@@ -67,7 +67,11 @@ fn correct(core: &mut Core, vcpu: &Vcpu) -> Outcome {
     }
     let native = if core.cpuid.is_amd() { VMMCALL } else { VMCALL };
     match core.write_linear(vcpu, core.linear_rip(), &native) {
-        Ok(()) => Outcome::Resume,
+        Ok(()) => {
+            // The processor has the old instruction decoded. Another's comes here once more.
+            core.cpu.entered_from_user();
+            Outcome::Resume
+        }
         Err(LinearError::Fault(exception)) => {
             core.events.raise(exception);
             Outcome::Resume

@@ -86,13 +86,6 @@ pub(super) fn write_zero_only(_: &mut Access<'_>, value: u64) -> Result<()> {
     if value == 0 { Ok(()) } else { Err(INVALID) }
 }
 
-pub(super) fn read_platform_info(access: &mut Access<'_>) -> Result<u64> {
-    if !access.trusted && access.vcpu.vm().settings().hides_platform_info {
-        return Err(INVALID);
-    }
-    read_stored(access)
-}
-
 /// There are no performance counters: guests do not have this register, and user space finds
 /// nothing in it.
 pub(super) fn read_perf_capabilities(access: &mut Access<'_>) -> Result<u64> {
