@@ -72,7 +72,7 @@ impl mmu::Processors for Processors {
 }
 
 /// What KVM_ENABLE_CAP and its kin set.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Settings {
     pub(crate) boot_vcpu: u32,
     pub(crate) x2apic_wide: bool,
@@ -94,27 +94,6 @@ pub(crate) struct Settings {
     pub(crate) dirty_ring: u32,
     /// IDs of vCPUs are below this, if it was set.
     pub(crate) max_vcpu_id: Option<u32>,
-}
-
-impl Default for Settings {
-    fn default() -> Settings {
-        Settings {
-            boot_vcpu: 0,
-            x2apic_wide: false,
-            hides_platform_info: false,
-            exception_payload: false,
-            triple_fault_event: false,
-            exit_hypercalls: 0,
-            disabled_quirks: 0,
-            halts_in_guest: false,
-            exit_on_emulation_failure: false,
-            user_space_msrs: 0,
-            msr_filter: None,
-            manual_dirty_log: 0,
-            dirty_ring: 0,
-            max_vcpu_id: None,
-        }
-    }
 }
 
 /// Where vCPUs' counters were last set together.

@@ -4,7 +4,6 @@
 
 use super::Outcome;
 use crate::cpuid::pv;
-use crate::guest_walk::LinearError;
 use crate::irqchip::message::{DeliveryMode, Message, Shorthand};
 use crate::vcpu::{Completion, Core, Vcpu};
 use arch::exception::Exception;
@@ -72,11 +71,7 @@ fn correct(core: &mut Core, vcpu: &Vcpu) -> Outcome {
             core.cpu.entered_from_user();
             Outcome::Resume
         }
-        Err(LinearError::Fault(exception)) => {
-            core.events.raise(exception);
-            Outcome::Resume
-        }
-        Err(LinearError::NoMemory) => super::emulation_failure(core, vcpu),
+        Err(error) => super::linear_error(core, vcpu, error),
     }
 }
 
