@@ -221,7 +221,7 @@ impl IrqFds {
     }
 
     fn deassign(&self, fd: RawFd, gsi: u32) -> Result<()> {
-        let identity = identity(fd);
+        let identity = Registered::new(fd)?.identity;
         let mut table = lock(&self.table);
         let found = table
             .by_key
@@ -483,6 +483,7 @@ mod tests {
         let config = ApicConfig {
             wide_ids: false,
             directed_eoi: false,
+            lint0_enabled: true,
         };
         let apic = LocalApic::new(0, true, config, mailbox(), &Timers::new());
         apic.write(reg::SVR, 0x1ff).unwrap();

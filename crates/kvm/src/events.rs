@@ -249,6 +249,21 @@ mod tests {
     }
 
     #[test]
+    fn without_a_place_for_its_payload_an_exception_leaves_it_in_the_registers() {
+        let kvm = crate::Kvm::new().unwrap();
+        let vm = kvm.create_vm().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        vcpu.inner().lock().events.raise(PendingException {
+            payload: Some(0x1234_5000),
+            ..fault(14)
+        });
+        assert_eq!(vcpu.get_sregs().unwrap().cr2, 0);
+        let events = vcpu.get_vcpu_events().unwrap();
+        assert_eq!((events.exception.injected, events.exception.nr), (1, 14));
+        assert_eq!(vcpu.get_sregs().unwrap().cr2, 0x1234_5000);
+    }
+
+    #[test]
     fn windows() {
         let mut state = CpuState::reset();
         assert!(!interrupts_open(&state) && nmis_open(&state));

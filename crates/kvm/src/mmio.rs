@@ -18,7 +18,9 @@ use arch::addr::Gpa;
 use arch::exit::{ExitReason, VmExit};
 use arch::page_fault::ErrorCode;
 use cpu::{Bus, BusResponse, Emulated, MmioHint};
-use kvm_bindings::{KVM_EXIT_MMIO, kvm_run__bindgen_ty_1__bindgen_ty_6};
+use kvm_bindings::{
+    KVM_EXIT_MMIO, KVM_X86_QUIRK_LAPIC_MMIO_HOLE, kvm_run__bindgen_ty_1__bindgen_ty_6,
+};
 use mmu::AddressSpace;
 use smallvec::{SmallVec, smallvec};
 use std::collections::VecDeque;
@@ -128,10 +130,20 @@ impl MmioBus<'_> {
     }
 }
 
+/// Whether nothing answers at the place of the local APIC's registers, and user space does not hear
+/// of it either (KVM_X86_QUIRK_LAPIC_MMIO_HOLE).
+fn is_apic_hole(vm: &Vm, apic: &LocalApic, gpa: u64) -> bool {
+    apic.has_hole_at(gpa) && vm.has_quirk(KVM_X86_QUIRK_LAPIC_MMIO_HOLE)
+}
+
 /// Reads a device in this process; false if none is there.
 fn read_device(vm: &Vm, apic: Option<&LocalApic>, gpa: u64, data: &mut [u8]) -> bool {
     if let Some(apic) = apic.filter(|apic| apic.decodes(gpa)) {
         read_register(gpa, data, |offset| apic.read(offset).unwrap_or(0));
+        return true;
+    }
+    if apic.is_some_and(|apic| is_apic_hole(vm, apic, gpa)) {
+        data.fill(0xff);
         return true;
     }
     if let Some(chip) = vm.irqchip()
@@ -448,6 +460,9 @@ fn write_here(core: &mut Core, vcpu: &Vcpu, write: &Transfer) -> Result<bool, Ou
             let effect = apic.write((gpa & 0xff0) as u32, register(data));
             vcpu.apply(core, effect.unwrap_or(crate::irqchip::lapic::Effect::None));
         }
+        return Ok(true);
+    }
+    if vcpu.apic().is_some_and(|apic| is_apic_hole(vm, apic, gpa)) {
         return Ok(true);
     }
     if let Some(chip) = vm.irqchip()

@@ -12,7 +12,8 @@ use arch::control_registers::Rflags;
 use arch::exit::{IoAccess, VmExit};
 use cpu::Gpr;
 use kvm_bindings::{
-    KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, kvm_run__bindgen_ty_1__bindgen_ty_4,
+    KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, KVM_X86_QUIRK_OUT_7E_INC_RIP,
+    kvm_run__bindgen_ty_1__bindgen_ty_4,
 };
 
 /// The most bytes that one exit carries.
@@ -95,12 +96,6 @@ fn set_accumulator(core: &mut Core, data: &[u8]) {
     );
 }
 
-/// KVM_X86_QUIRK_OUT_7E_INC_RIP is not disabled.
-fn quirk_holds(vcpu: &Vcpu) -> bool {
-    let quirk = kvm_bindings::KVM_X86_QUIRK_OUT_7E_INC_RIP as u64;
-    vcpu.vm().settings().disabled_quirks & quirk == 0
-}
-
 fn to_user(
     core: &mut Core,
     vcpu: &Vcpu,
@@ -120,7 +115,8 @@ fn to_user(
         string,
     });
     core.completion = Some(Completion::PortIo);
-    if access.port == VAPIC_PORT && !access.input && !access.string && quirk_holds(vcpu) {
+    let is_call = access.port == VAPIC_PORT && !access.input && !access.string;
+    if is_call && vcpu.vm().has_quirk(KVM_X86_QUIRK_OUT_7E_INC_RIP) {
         core.port_io.pending = None;
         core.completion = None;
         core.skip(exit);

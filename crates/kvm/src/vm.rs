@@ -235,8 +235,7 @@ impl Vm {
 
     /// Whether CPUID shows MWAIT as IA32_MISC_ENABLE has it, rather than as user space gave it.
     pub(crate) fn cpuid_follows_misc_enable(&self) -> bool {
-        let quirk = kvm_bindings::KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT as u64;
-        self.settings().disabled_quirks & quirk != 0
+        !self.has_quirk(KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT)
     }
 
     /// Whether a vCPU exists.
@@ -282,6 +281,11 @@ impl Vm {
         self.apics.disable_broadcast_quirk();
     }
 
+    /// Whether a quirk of KVM's (KVM_X86_QUIRK_*) is not disabled.
+    pub(crate) fn has_quirk(&self, quirk: u32) -> bool {
+        self.settings().disabled_quirks & quirk as u64 == 0
+    }
+
     /// The configuration of new local APICs, if they are in this process.
     pub(crate) fn apic_config(&self) -> Option<ApicConfig> {
         let chip = self.irqchip.get()?;
@@ -289,6 +293,7 @@ impl Vm {
         Some(ApicConfig {
             wide_ids: settings.x2apic_wide,
             directed_eoi: matches!(chip.model(), Model::Split { .. }),
+            lint0_enabled: self.has_quirk(KVM_X86_QUIRK_LINT0_REENABLED),
         })
     }
 

@@ -222,6 +222,15 @@ fn a_line_falls_with_its_irqfd() {
     vm.unregister_irqfd(&line, 5).unwrap();
     assert_eq!(level(), 0);
     vm.unregister_irqfd(&line, 5).unwrap();
+    let mut nothing = kvm_irqfd {
+        fd: u32::MAX,
+        flags: KVM_IRQFD_FLAG_DEASSIGN,
+        ..Default::default()
+    };
+    assert_eq!(
+        call(Object::Vm(&vm), "KVM_IRQFD", &mut nothing),
+        Err(libc::EBADF)
+    );
 }
 
 #[test]
@@ -696,6 +705,12 @@ fn control_words_are_checked() {
         libc::EINVAL,
         "no PAE paging"
     );
+    // The registers of PAE paging need not be what is in memory.
+    (second.cr0, second.cr4, second.cr3) = (0x8000_0011, 0x20, 0x1000);
+    second.pdptrs = [0x5001, 0, 0x6001, 0];
+    vcpu.set_sregs2(&second).unwrap();
+    assert_eq!(vcpu.get_sregs2().unwrap().pdptrs, second.pdptrs);
+    assert_eq!(vcpu.get_sregs2().unwrap().flags, 1);
     let object = Object::Vcpu(&vcpu);
     assert_eq!(number(object, "KVM_RUN", 1), Err(libc::EINVAL));
     let mut mask = [4u32, 0, 0];

@@ -367,6 +367,124 @@ fn a_return_that_faults_leaves_nmis_blocked() {
     runs_to_stop(&mut machine);
 }
 
+/// Descriptor tables among devices: the delivery of an event cannot be emulated.
+#[test]
+fn events_that_cannot_be_delivered_are_internal_errors() {
+    let mut machine = Machine::new(Irqchip::None, 1, &assemble(|a| a.ud2()));
+    let mut sregs = machine.vcpu().get_sregs().unwrap();
+    sregs.idt.base = 0x4000_0000;
+    machine.vcpu().set_sregs(&sregs).unwrap();
+    match machine.vcpu().run().unwrap() {
+        VcpuExit::InternalError => {}
+        other => panic!("{other:?}"),
+    }
+    let run = machine.vcpu().get_kvm_run();
+    // SAFETY: the exit reason names the member.
+    let error = unsafe { run.__bindgen_anon_1.internal };
+    assert_eq!(error.suberror, KVM_INTERNAL_ERROR_DELIVERY_EV);
+    assert!(error.ndata >= 4);
+    assert_eq!(
+        error.data[0], 0x8000_0306,
+        "valid, a hardware exception, #UD"
+    );
+    machine.gate(6, 0x2000);
+    machine.code_at(0x2000, stop);
+    sregs.idt.base = IDT;
+    machine.vcpu().set_sregs(&sregs).unwrap();
+    runs_to_stop(&mut machine);
+}
+
+/// An exception and an interrupt that were both on their way are both delivered.
+#[test]
+fn events_are_restored_together() {
+    let code = assemble(|a| {
+        stop(a)?;
+        a.nop()?;
+        stop(a)
+    });
+    let mut machine = Machine::new(Irqchip::None, 1, &code);
+    machine.count(6, 0x2000, 0x5000);
+    machine.count(0x60, 0x2100, 0x5008);
+    machine.count(2, 0x2200, 0x5010);
+    runs_to_stop(&mut machine);
+    let mut regs = machine.vcpu().get_regs().unwrap();
+    regs.rflags |= 1 << 9;
+    machine.vcpu().set_regs(&regs).unwrap();
+    let mut events = machine.vcpu().get_vcpu_events().unwrap();
+    (events.exception.injected, events.exception.nr) = (1, 6);
+    (events.interrupt.injected, events.interrupt.nr) = (1, 0x60);
+    events.nmi.injected = 1;
+    machine.vcpu().set_vcpu_events(&events).unwrap();
+    runs_to_stop(&mut machine);
+    let counts = [0x5000, 0x5008, 0x5010].map(|at| machine.memory.read_u64(at));
+    assert_eq!(counts, [1; 3]);
+}
+
+/// Why an MSR access comes to user space, for each reason that it asked for.
+#[test]
+fn accesses_to_msrs_come_with_their_reason() {
+    let code = assemble(|a| {
+        a.mov(ecx, 0x5555)?;
+        a.rdmsr()?;
+        a.mov(rsi, rax)?;
+        a.mov(ecx, 0xc000_0080u32)?; // EFER
+        a.xor(eax, eax)?;
+        a.mov(edx, 1)?;
+        a.wrmsr()?;
+        a.mov(ecx, 0x5556)?;
+        a.rdmsr()?;
+        a.ud2()
+    });
+    let mut machine = Machine::new(Irqchip::None, 1, &code);
+    machine.gate(13, 0x2000);
+    machine.code_at(0x2000, stop);
+    let reasons = KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_INVAL;
+    enable(&machine.vm, KVM_CAP_X86_USER_SPACE_MSR, reasons.into()).unwrap();
+    match machine.vcpu().run().unwrap() {
+        VcpuExit::X86Rdmsr(exit) => {
+            assert_eq!(exit.reason, kvm::MsrExitReason::Unknown);
+            assert_eq!(exit.index, 0x5555);
+            *exit.data = 0x1_0000_0007;
+        }
+        other => panic!("{other:?}"),
+    }
+    match machine.vcpu().run().unwrap() {
+        VcpuExit::X86Wrmsr(exit) => {
+            assert_eq!(exit.reason, kvm::MsrExitReason::Inval);
+            assert_eq!((exit.index, exit.data), (0xc000_0080, 1 << 32));
+        }
+        other => panic!("{other:?}"),
+    }
+    match machine.vcpu().run().unwrap() {
+        VcpuExit::X86Rdmsr(exit) => *exit.error = 1,
+        other => panic!("{other:?}"),
+    }
+    runs_to_stop(&mut machine);
+    let regs = machine.vcpu().get_regs().unwrap();
+    assert_eq!((regs.rsi, regs.rip >> 12), (7, 2));
+}
+
+/// A hypercall that user space is to carry out names whole pages.
+#[test]
+fn hypercalls_about_pages_are_checked() {
+    let code = assemble(|a| {
+        for (start, pages) in [(0x1001u64, 1u64), (0x1000, 0), (0x1000, u64::MAX)] {
+            a.mov(eax, 12)?;
+            a.mov(rbx, start)?;
+            a.mov(rcx, pages)?;
+            a.vmcall()?;
+            a.push(rax)?;
+        }
+        stop(a)
+    });
+    let mut machine = Machine::new(Irqchip::None, 1, &code);
+    enable(&machine.vm, KVM_CAP_EXIT_HYPERCALL, 1 << 12).unwrap();
+    runs_to_stop(&mut machine);
+    for i in 1..=3 {
+        assert_eq!(machine.memory.read_u64(STACK - 8 * i) as i64, -22);
+    }
+}
+
 #[test]
 fn only_a_lowered_priority_ends_a_run() {
     let code = assemble(|a| {

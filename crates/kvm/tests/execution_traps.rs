@@ -66,6 +66,57 @@ fn execution_traps_trace_a_function() {
     assert_eq!(machine.memory.read_u64(0x5000), 77);
 }
 
+/// When the call returns, no vCPU executes from the page any more.
+#[test]
+fn a_trap_is_in_force_at_once() {
+    let code = assemble(|a| {
+        let mut again = a.create_label();
+        a.mov(rax, 0x7000u64)?;
+        a.set_label(&mut again)?;
+        a.call(rax)?;
+        a.jmp(again)
+    });
+    let mut machine = Machine::new(Irqchip::None, 2, &code);
+    machine.long_mode(1);
+    machine.code_at(0x7000, |a| {
+        for _ in 0..100 {
+            a.lock().inc(qword_ptr(0x5000))?;
+        }
+        a.ret()
+    });
+    let mut second = machine.vcpus.remove(1);
+    let mut regs = second.get_regs().unwrap();
+    regs.rsp -= 0x800;
+    second.set_regs(&regs).unwrap();
+    let count = || machine.memory.read_u64(0x5000);
+    let mut first = machine.vcpus.remove(0);
+    std::thread::scope(|scope| {
+        let threads = [&mut first, &mut second].map(|vcpu| {
+            scope.spawn(move || {
+                let mut traps = 0;
+                while traps < 20 {
+                    match vcpu.run().unwrap() {
+                        VcpuExit::Unsupported(kvm::KVM_EXIT_EMULATE) => traps += 1,
+                        other => panic!("{other:?}"),
+                    }
+                    let trap = vcpu.emulate_exit();
+                    assert_eq!((trap.gpa >> 12, trap.rip >> 12), (7, 7));
+                    std::thread::sleep(std::time::Duration::from_micros(300));
+                }
+            })
+        });
+        while threads.iter().any(|thread| !thread.is_finished()) {
+            machine.vm.set_execution_traps(7, 1, true).unwrap();
+            let before = count();
+            std::thread::sleep(std::time::Duration::from_micros(200));
+            assert_eq!(count(), before);
+            machine.vm.set_execution_traps(7, 1, false).unwrap();
+            std::thread::sleep(std::time::Duration::from_micros(500));
+        }
+    });
+    assert_ne!(count(), 0);
+}
+
 /// The flags are the memslot's: they move with it and go with it.
 #[test]
 fn traps_belong_to_the_slot() {

@@ -322,7 +322,8 @@ impl VcpuFd {
 
     /// KVM_GET_VCPU_EVENTS.
     pub fn get_vcpu_events(&self) -> Result<kvm_vcpu_events> {
-        Ok(self.core()?.vcpu_events(&self.vcpu))
+        let mut core = self.core()?;
+        Ok(core.vcpu_events(&self.vcpu))
     }
 
     /// KVM_SET_VCPU_EVENTS.

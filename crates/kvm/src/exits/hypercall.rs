@@ -59,8 +59,7 @@ pub(super) fn vmcall(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
 fn correct(core: &mut Core, vcpu: &Vcpu) -> Outcome {
     const VMCALL: [u8; 3] = [0x0f, 0x01, 0xc1];
     const VMMCALL: [u8; 3] = [0x0f, 0x01, 0xd9];
-    let quirk = KVM_X86_QUIRK_FIX_HYPERCALL_INSN as u64;
-    if vcpu.vm().settings().disabled_quirks & quirk != 0 {
+    if !vcpu.vm().has_quirk(KVM_X86_QUIRK_FIX_HYPERCALL_INSN) {
         core.raise(Exception::InvalidOpcode);
         return Outcome::Resume;
     }

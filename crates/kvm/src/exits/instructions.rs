@@ -6,6 +6,7 @@ use arch::cpuid::Output;
 use arch::exception::Exception;
 use arch::exit::VmExit;
 use cpu::Gpr;
+use kvm_bindings::KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS;
 
 /// A kick ended the entry; why is in the mailbox.
 pub(super) fn kicked(_core: &mut Core, _vcpu: &Vcpu, _exit: &VmExit) -> Outcome {
@@ -62,8 +63,7 @@ pub(super) fn undefined(core: &mut Core, _vcpu: &Vcpu, _exit: &VmExit) -> Outcom
 /// MONITOR and MWAIT are not offered, yet some guests execute them; they do nothing. Without
 /// KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS that takes a guest whose CPUID has them.
 pub(super) fn mwait_or_monitor(core: &mut Core, vcpu: &Vcpu, exit: &VmExit) -> Outcome {
-    let quirk = kvm_bindings::KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS as u64;
-    let is_required = vcpu.vm().settings().disabled_quirks & quirk != 0;
+    let is_required = !vcpu.vm().has_quirk(KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS);
     if is_required && !core.has_mwait(vcpu) {
         return undefined(core, vcpu, exit);
     }

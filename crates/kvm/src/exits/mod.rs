@@ -248,6 +248,68 @@ pub(crate) fn general_protection(core: &mut Core) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Kvm, VcpuFd, VmFd};
+
+    fn vcpu() -> (Kvm, VmFd, VcpuFd) {
+        let kvm = Kvm::new().unwrap();
+        let vm = kvm.create_vm().unwrap();
+        let vcpu = vm.create_vcpu(3).unwrap();
+        (kvm, vm, vcpu)
+    }
+
+    /// What becomes of an exit that the processor of today's controls never has.
+    fn handled(vcpu: &VcpuFd, exit: &VmExit) -> (Outcome, kvm_run) {
+        let mut core = vcpu.inner().lock();
+        let outcome = handle(&mut core, vcpu.inner(), exit);
+        let run: *const kvm_run = vcpu.inner().kvm_run(&core);
+        // SAFETY: plain data, and nobody else has the vCPU.
+        (outcome, unsafe { run.read() })
+    }
+
+    #[test]
+    fn exits_without_a_handler_are_internal_errors_and_no_more() {
+        let (_kvm, vm, vcpu) = vcpu();
+        for &reason in ExitReason::ALL {
+            if !matches!(row(reason), Row::Never(_)) {
+                continue;
+            }
+            let (outcome, run) = handled(&vcpu, &VmExit::new(reason));
+            assert_eq!(outcome, Outcome::Exit);
+            assert_eq!(run.exit_reason, KVM_EXIT_INTERNAL_ERROR);
+            // SAFETY: the exit reason names the member.
+            let error = unsafe { run.__bindgen_anon_1.internal };
+            let expected = KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON;
+            assert_eq!((error.suberror, error.ndata), (expected, 2));
+            assert_eq!(error.data[..2], [reason as u64, 3]);
+        }
+        vm.create_vcpu(4).unwrap();
+    }
+
+    #[test]
+    fn a_contradictory_qualification_is_not_handled() {
+        use arch::exit::EptViolation;
+        let (_kvm, _vm, vcpu) = vcpu();
+        let mut exit = VmExit::new(ExitReason::EptViolation);
+        exit.qualification = (EptViolation::READ | EptViolation::FINAL).bits();
+        let (outcome, run) = handled(&vcpu, &exit);
+        assert_eq!(outcome, Outcome::Exit);
+        assert_eq!(run.exit_reason, KVM_EXIT_UNKNOWN);
+        // SAFETY: the exit reason names the member.
+        let hardware = unsafe { run.__bindgen_anon_1.hw.hardware_exit_reason };
+        assert_eq!(hardware, ExitReason::EptViolation as u64);
+    }
+
+    #[test]
+    fn an_entry_of_tables_that_nobody_made_is_an_error() {
+        let (_kvm, _vm, vcpu) = vcpu();
+        let exit = VmExit::new(ExitReason::EptMisconfiguration);
+        let mut core = vcpu.inner().lock();
+        let invalid = mmu::FaultResult::Invalid;
+        let outcome = fault_outcome(&mut core, vcpu.inner(), &exit, invalid);
+        assert_eq!(outcome, Outcome::Fail(libc::EINVAL));
+        let run = vcpu.inner().kvm_run(&core);
+        assert_eq!(run.exit_reason, KVM_EXIT_INTERNAL_ERROR);
+    }
 
     #[test]
     fn every_reason_has_a_row() {

@@ -140,7 +140,7 @@ fn give_indices(address: u64, all: &[u32]) -> Result<Answer> {
 }
 
 fn give_cpuid(address: u64, all: &[kvm_cpuid_entry2]) -> Result<Answer> {
-    let room: u32 = read(address)?;
+    let [room, _]: [u32; 2] = read(address)?;
     if (room as usize) < all.len() {
         return fail(libc::E2BIG);
     }
@@ -150,7 +150,7 @@ fn give_cpuid(address: u64, all: &[kvm_cpuid_entry2]) -> Result<Answer> {
 }
 
 fn take_cpuid(vcpu: &VcpuFd, address: u64) -> Result<Answer> {
-    let count: u32 = read(address)?;
+    let [count, _]: [u32; 2] = read(address)?;
     if count as usize > KVM_MAX_CPUID_ENTRIES {
         return fail(libc::E2BIG);
     }
@@ -161,7 +161,7 @@ fn take_cpuid(vcpu: &VcpuFd, address: u64) -> Result<Answer> {
 
 /// KVM_SET_CPUID's entries have no sub-leaf.
 fn take_cpuid_without_index(vcpu: &VcpuFd, address: u64) -> Result<Answer> {
-    let count: u32 = read(address)?;
+    let [count, _]: [u32; 2] = read(address)?;
     if count as usize > KVM_MAX_CPUID_ENTRIES {
         return fail(libc::E2BIG);
     }
@@ -185,7 +185,7 @@ fn take_cpuid_without_index(vcpu: &VcpuFd, address: u64) -> Result<Answer> {
 const MAX_IO_MSRS: u32 = 256;
 
 fn take_msrs(address: u64) -> Result<Vec<kvm_msr_entry>> {
-    let count: u32 = read(address)?;
+    let [count, _]: [u32; 2] = read(address)?;
     if count >= MAX_IO_MSRS {
         return fail(libc::E2BIG);
     }

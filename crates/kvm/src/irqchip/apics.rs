@@ -109,6 +109,7 @@ mod tests {
         let config = ApicConfig {
             wide_ids: false,
             directed_eoi: false,
+            lint0_enabled: true,
         };
         let all: Vec<_> = (0..count)
             .map(|id| LocalApic::new(id, id == 0, config, mailbox(), &Timers::new()))

@@ -214,6 +214,7 @@ mod tests {
         let config = ApicConfig {
             wide_ids: false,
             directed_eoi: false,
+            lint0_enabled: true,
         };
         let apic = LocalApic::new(0, true, config, mailbox(), &Timers::new());
         apic.write(reg::SVR, 0x1ff).unwrap();

@@ -71,6 +71,8 @@ pub struct ApicConfig {
     pub wide_ids: bool,
     /// The I/O APIC is outside and understands directed EOIs.
     pub directed_eoi: bool,
+    /// A reset lets the 8259 through to the bootstrap processor (KVM_X86_QUIRK_LINT0_REENABLED).
+    pub lint0_enabled: bool,
 }
 
 pub(super) struct State {
@@ -192,6 +194,14 @@ impl State {
         }
     }
 
+    /// After a reset: the 8259 reaches the bootstrap processor.
+    fn enable_lint0(&mut self, bootstrap: bool) {
+        const EXTINT: u32 = 0x700;
+        if bootstrap && self.config.lint0_enabled {
+            self.set(reg::LVT_LINT0, EXTINT);
+        }
+    }
+
     fn report(&mut self, error: u32) {
         self.errors |= error;
     }
@@ -248,10 +258,7 @@ impl LocalApic {
                 config,
             };
             state.reset(id, false);
-            // KVM_X86_QUIRK_LINT0_REENABLED: the 8259 reaches the bootstrap processor at reset.
-            if bootstrap {
-                state.set(reg::LVT_LINT0, 0x700);
-            }
+            state.enable_lint0(bootstrap);
             let apic = LocalApic {
                 initial_id: id,
                 bootstrap,
@@ -374,6 +381,7 @@ impl LocalApic {
         self.timer.disarm();
         state.timer.cancel();
         state.reset(self.initial_id, !power_up);
+        state.enable_lint0(self.bootstrap);
         self.publish(&state);
     }
 
@@ -382,6 +390,12 @@ impl LocalApic {
         let base = self.base();
         base & (apic_base::ENABLE | apic_base::X2APIC) == apic_base::ENABLE
             && gpa & !0xfff == base & apic_base::ADDRESS
+    }
+
+    /// Whether `gpa` is in the page of the registers, but the APIC does not decode it: it is in
+    /// x2APIC mode or disabled.
+    pub fn has_hole_at(&self, gpa: u64) -> bool {
+        gpa & !0xfff == self.base() & apic_base::ADDRESS && !self.decodes(gpa)
     }
 
     /// Whether the APIC is in x2APIC mode.

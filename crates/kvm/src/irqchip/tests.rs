@@ -9,6 +9,7 @@ fn machine(model: Model) -> (Arc<IrqChip>, Arc<LocalApic>, Timers) {
     let config = ApicConfig {
         wide_ids: false,
         directed_eoi: false,
+        lint0_enabled: true,
     };
     let apic = LocalApic::new(0, true, config, mailbox(), &timers);
     apic.write(reg::SVR, 0x1ff).unwrap();

@@ -41,9 +41,14 @@ impl Core {
     }
 
     /// KVM_GET_VCPU_EVENTS.
-    pub(crate) fn vcpu_events(&self, vcpu: &Vcpu) -> kvm_vcpu_events {
+    pub(crate) fn vcpu_events(&mut self, vcpu: &Vcpu) -> kvm_vcpu_events {
         let mut e = kvm_vcpu_events::default();
         let payloads = vcpu.vm().settings().exception_payload;
+        if let Some(pending) = self.events.exception.as_mut().filter(|_| !payloads) {
+            // There is no place for the payload: it goes where the exception would take it.
+            crate::events::apply_payload(&mut self.cpu.state, pending);
+            pending.payload = None;
+        }
         let again = self.events.again;
         let kind = again.map(|again| again.info.kind());
         let exception_again = again.filter(|_| {
@@ -146,20 +151,13 @@ impl Core {
         self.events.exception = None;
         self.events.interrupt = None;
         self.set_exception(e, pending);
-        if e.nmi.injected != 0 {
+        let injects_nmi = e.nmi.injected != 0;
+        let nmi_waits = injects_nmi && self.events.again.is_some();
+        if injects_nmi && !nmi_waits {
             self.events.again = Some(crate::events::nmi_injection());
         }
         if e.interrupt.injected != 0 {
-            let kind = if e.interrupt.soft != 0 {
-                InterruptionType::SoftwareInterrupt
-            } else {
-                InterruptionType::ExternalInterrupt
-            };
-            let info = InterruptionInfo::new(kind, e.interrupt.nr, false);
-            self.events.again = Some(Injection {
-                info,
-                ..Injection::default()
-            });
+            self.set_interrupt(e);
         }
         let blocking = &mut self.cpu.state.interruptibility;
         if e.flags & KVM_VCPUEVENT_VALID_SHADOW != 0 {
@@ -176,6 +174,7 @@ impl Core {
             let most = self.events.most_nmis(self.cpu.state.interruptibility);
             self.events.nmis = (e.nmi.pending as u32).min(most);
         }
+        self.events.nmis += nmi_waits as u32;
         if e.flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR != 0 {
             self.sipi_vector = e.sipi_vector as u8;
         }
@@ -196,6 +195,24 @@ impl Core {
         }
         self.look_for_events = true;
         Ok(())
+    }
+
+    fn set_interrupt(&mut self, e: &kvm_vcpu_events) {
+        let kind = if e.interrupt.soft != 0 {
+            InterruptionType::SoftwareInterrupt
+        } else {
+            InterruptionType::ExternalInterrupt
+        };
+        if self.events.again.is_none() && self.events.exception.is_none() {
+            let info = InterruptionInfo::new(kind, e.interrupt.nr, false);
+            self.events.again = Some(Injection {
+                info,
+                ..Injection::default()
+            });
+        } else if kind == InterruptionType::ExternalInterrupt {
+            // It waits for what goes first.
+            self.events.interrupt = Some(e.interrupt.nr);
+        }
     }
 
     fn set_exception(&mut self, e: &kvm_vcpu_events, pending: bool) {

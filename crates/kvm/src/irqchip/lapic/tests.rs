@@ -4,6 +4,7 @@ use crate::mailbox::tests::mailbox;
 const CONFIG: ApicConfig = ApicConfig {
     wide_ids: false,
     directed_eoi: false,
+    lint0_enabled: true,
 };
 
 fn apic(id: u32) -> Arc<LocalApic> {
