@@ -24,24 +24,20 @@ const STEPS: [Step; 8] = [
             &[],
         )
     }),
-    // A program for the host's /dev/kvm, which is compiled and not run.
-    ("tests on kvm-ioctls", || {
-        let program = ["-p", "eptide-kvm", "--test", "on_kvm_ioctls"];
-        cargo(
-            &[&["clippy"], &program[..], &["--", "--deny", "warnings"]].concat(),
+    ("tests on kvm-ioctls", on_kvm_ioctls),
+    ("tests", || nextest(&["--workspace"], &[])),
+    ("models", || {
+        nextest(
+            &[
+                "-p",
+                "eptide-mmu",
+                "--features",
+                "model",
+                "--test",
+                "models",
+            ],
             &[],
         )
-    }),
-    ("tests", || nextest(&["--workspace"])),
-    ("models", || {
-        nextest(&[
-            "-p",
-            "eptide-mmu",
-            "--features",
-            "model",
-            "--test",
-            "models",
-        ])
     }),
     ("doctests", || {
         cargo(&["test", "--workspace", "--doc", "--quiet"], &[])
@@ -83,14 +79,29 @@ pub(crate) fn run(names: &[&str]) -> Outcome {
 }
 
 /// `cargo nextest run`; with `--workspace` it is the README's test command.
-fn nextest(arguments: &[&str]) -> Outcome {
+fn nextest(arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {
     let found = Command::new("cargo")
         .args(["nextest", "--version"])
         .output();
     if !found.is_ok_and(|output| output.status.success()) {
         return Err("cargo-nextest is missing: cargo install --locked cargo-nextest".into());
     }
-    cargo(&[&["nextest", "run"], arguments].concat(), &[])
+    cargo(&[&["nextest", "run"], arguments].concat(), environment)
+}
+
+/// The tests of the KVM API once more, as a program for `/dev/kvm` that has the preload library.
+fn on_kvm_ioctls() -> Outcome {
+    const RUNNER: &str = "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER";
+    let program = ["-p", "eptide-kvm", "--test", "on_kvm_ioctls"];
+    cargo(
+        &[&["clippy"], &program[..], &["--", "--deny", "warnings"]].concat(),
+        &[],
+    )?;
+    cargo(&["build", "-p", "eptide-preload"], &[])?;
+    let own = std::env::current_exe().map_err(|error| error.to_string())?;
+    let library = own.with_file_name("libeptide_preload.so");
+    let runner = format!("env LD_PRELOAD={}", library.display());
+    nextest(&program, &[(RUNNER, &runner)])
 }
 
 fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {

@@ -11,6 +11,7 @@
 
 use std::arch::asm;
 use std::sync::Once;
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 
 /// The memory at the address cannot be accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -283,32 +284,35 @@ fn resume_point(rip: u64) -> Option<u64> {
 /// Faults of host accesses, and arithmetic faults of generated stubs.
 const SIGNALS: [libc::c_int; 3] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE];
 
-static mut PREVIOUS: [libc::sigaction; 3] =
-    // SAFETY: an all-zero sigaction is the default action with an empty mask.
-    unsafe {
-        [
-            core::mem::zeroed(),
-            core::mem::zeroed(),
-            core::mem::zeroed(),
-        ]
-    };
+/// What handled a signal before: the handler and its flags.
+static PREVIOUS: [(AtomicUsize, AtomicI32); SIGNALS.len()] =
+    [const { (AtomicUsize::new(libc::SIG_DFL), AtomicI32::new(0)) }; SIGNALS.len()];
 
 /// Installs the handler, once per process, in front of what handles the signals now.
 pub(crate) fn install_fault_handler() {
     static INSTALL: Once = Once::new();
-    INSTALL.call_once(|| {
-        for (i, signal) in SIGNALS.into_iter().enumerate() {
-            // SAFETY: the structures are valid for the call; PREVIOUS is written before the
-            // handler that reads it can run for this signal, and never again.
-            unsafe {
-                let mut action: libc::sigaction = core::mem::zeroed();
-                action.sa_sigaction = on_fault as *const () as usize;
-                action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
-                let previous = &raw mut PREVIOUS[i];
-                libc::sigaction(signal, &action, previous);
+    INSTALL.call_once(claim_faults);
+}
+
+/// Puts the handler that processors need for faults of memory accesses in front of those that the
+/// program has installed since, which get what is none of the processors'. Async-signal-safe.
+pub fn claim_faults() {
+    for (signal, (handler, flags)) in SIGNALS.into_iter().zip(&PREVIOUS) {
+        // SAFETY: the structures are valid for the calls, and the handler is one of this kind.
+        unsafe {
+            let mut action: libc::sigaction = core::mem::zeroed();
+            libc::sigaction(signal, core::ptr::null(), &mut action);
+            if action.sa_sigaction == on_fault as *const () as usize {
+                continue;
             }
+            flags.store(action.sa_flags, Ordering::Relaxed);
+            handler.store(action.sa_sigaction, Ordering::Release);
+            action = core::mem::zeroed();
+            action.sa_sigaction = on_fault as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+            libc::sigaction(signal, &action, core::ptr::null_mut());
         }
-    });
+    }
 }
 
 extern "C" fn on_fault(
@@ -328,16 +332,15 @@ extern "C" fn on_fault(
         return;
     }
     let which = SIGNALS.iter().position(|s| *s == signal).unwrap_or(0);
-    // SAFETY: written once before this handler was installed for the signal.
-    let previous = unsafe { (&raw const PREVIOUS[which]).read() };
-    match previous.sa_sigaction {
+    let (previous, flags) = &PREVIOUS[which];
+    match previous.load(Ordering::Acquire) {
         libc::SIG_IGN | libc::SIG_DFL => {
             // SAFETY: restores the default action and returns; the instruction faults again.
             unsafe {
                 libc::signal(signal, libc::SIG_DFL);
             }
         }
-        handler if previous.sa_flags & libc::SA_SIGINFO != 0 => {
+        handler if flags.load(Ordering::Relaxed) & libc::SA_SIGINFO != 0 => {
             // SAFETY: the address is a handler of this type, as its flags say.
             let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
                 unsafe { core::mem::transmute(handler) };

@@ -47,6 +47,7 @@ mod walk_cache;
 
 pub use controls::{Controls, ShadowRoot};
 pub use guest_memory::{Gone, GuestMemory};
+pub use host::claim_faults;
 pub use machine::{Attention, Machine};
 pub use state::{CpuState, ExtendedState, Gpr, LazyFlags, Msrs, XSAVE_AREA};
 pub use vcpu::{Bus, BusResponse, Emulated, Flush, MmioHint, Observer, Statistics, Vcpu};

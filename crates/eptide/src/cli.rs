@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -27,12 +28,30 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// Say what this host offers, what guests will see and what limits apply
     Doctor,
+    /// Run a program that uses KVM, with Eptide as its /dev/kvm
+    ///
+    /// Any dynamically linked 64-bit program, such as
+    /// `eptide exec qemu-system-x86_64 -accel kvm …`. No /dev/kvm is needed, and none is used.
+    Exec(ExecArgs),
     /// Boot a kernel of your own
     ///
     /// The terminal becomes the guest's console; Ctrl-A X leaves. The exit status is 0 after a
     /// power-off (or Ctrl-A X), 3 after a reset, 4 after a triple fault, 1 after an error and 128
     /// plus its number after a signal.
     Run(RunArgs),
+}
+
+/// Arguments of `exec`.
+#[derive(Debug, Args)]
+pub(crate) struct ExecArgs {
+    /// Two-dimensional paging (on) or shadow paging (off) in its VMs
+    #[arg(long, value_name = "on|off", value_parser = parse_switch)]
+    pub(crate) ept: Option<bool>,
+    /// The program
+    pub(crate) program: OsString,
+    /// Its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) arguments: Vec<OsString>,
 }
 
 /// Arguments of `run`.

@@ -19,6 +19,9 @@ fn main() -> ExitCode {
     let result: Result<_, Box<dyn std::error::Error>> = match Cli::parse().command {
         Command::Demo(args) => commands::demo::run(&args).map_err(Into::into),
         Command::Doctor => commands::doctor::run().map_err(Into::into),
+        Command::Exec(args) => commands::exec::run(&args)
+            .map(|never| match never {})
+            .map_err(Into::into),
         Command::Run(args) => commands::run::run(&args).map_err(Into::into),
     };
     match result {

@@ -135,5 +135,5 @@ pub use api::*;
 pub use capabilities::CAP_EXECUTION_TRAPS;
 pub use cpu::Observer;
 pub use error::{Error, Result};
-pub use signals::interrupt_current_thread;
+pub use signals::{cover_signal_handler, interrupt_current_thread};
 pub use traps::{ACCESS_TRAP_EXECUTION, AccessBytes, EmulateExit, KVM_EXIT_EMULATE};

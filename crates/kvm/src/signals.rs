@@ -66,9 +66,20 @@ const SYNCHRONOUS: [i32; 6] = [
 ];
 
 /// The signal's bit in a kernel signal set.
-fn bit(signal: i32) -> u64 {
+const fn bit(signal: i32) -> u64 {
     1 << (signal - 1)
 }
+
+/// All signals but those that instructions raise: a processor needs these for guest memory that is
+/// not there, and to block one that is raised ends the program.
+const ASYNCHRONOUS: u64 = {
+    let (mut set, mut i) = (u64::MAX, 0);
+    while i < SYNCHRONOUS.len() {
+        set &= !bit(SYNCHRONOUS[i]);
+        i += 1;
+    }
+    set
+};
 
 /// The kernel's `struct ucontext`, as far as programs see it.
 #[derive(Clone, Copy)]
@@ -107,6 +118,8 @@ struct ThreadState {
     mailbox: Cell<*const Mailbox>,
     /// A signal came that ends KVM_RUN.
     arrived: Cell<bool>,
+    /// The signals that instructions raise are not blocked: some programs' threads block all.
+    takes_faults: Cell<bool>,
     /// Entries of `noted` that gates took. A gate that interrupts another takes the next.
     taken: AtomicUsize,
     noted: [Cell<Noted>; NOTED],
@@ -117,6 +130,7 @@ thread_local! {
         ThreadState {
             mailbox: Cell::new(std::ptr::null()),
             arrived: Cell::new(false),
+            takes_faults: Cell::new(false),
             taken: AtomicUsize::new(0),
             noted: [const { Cell::new(Noted::NONE) }; NOTED],
         }
@@ -138,6 +152,9 @@ impl<'a> Run<'a> {
     pub(crate) fn begin(mailbox: &'a Mailbox) -> Run<'a> {
         THREAD.with(|thread| {
             thread.arrived.set(false);
+            if !thread.takes_faults.replace(true) {
+                change_mask(libc::SIG_UNBLOCK, !ASYNCHRONOUS);
+            }
             Run {
                 outer: thread.mailbox.replace(mailbox),
                 before: None,
@@ -150,8 +167,7 @@ impl<'a> Run<'a> {
     /// through although the thread blocks it is looked for with [`pending`].)
     pub(crate) fn set_mask(&mut self, mask: Option<u64>) {
         if let Some(mask) = mask {
-            let synchronous: u64 = SYNCHRONOUS.iter().map(|&signal| bit(signal)).sum();
-            self.before = Some(change_mask(libc::SIG_BLOCK, mask & !synchronous));
+            self.before = Some(change_mask(libc::SIG_BLOCK, mask & ASYNCHRONOUS));
         }
     }
 }
@@ -233,7 +249,7 @@ fn change_mask(how: libc::c_int, set: u64) -> u64 {
 
 /// Does something while every signal is blocked.
 pub(crate) fn while_blocked<T>(body: impl FnOnce() -> T) -> T {
-    let before = change_mask(libc::SIG_SETMASK, u64::MAX);
+    let before = change_mask(libc::SIG_BLOCK, ASYNCHRONOUS);
     let result = body();
     change_mask(libc::SIG_SETMASK, before);
     result
@@ -310,7 +326,7 @@ fn put_off(
         // in the context is put in force by the return from the gate.
         let (info, mut interrupted) = unsafe {
             let read = (info.read(), context.read());
-            (*context).mask = u64::MAX;
+            (*context).mask |= ASYNCHRONOUS;
             read
         };
         // The floating-point state is in the kernel's frame, which goes away.
@@ -377,19 +393,46 @@ fn covered(found: &Disposition) -> Option<Disposition> {
     (put != *found).then_some(put)
 }
 
-/// Covers the handlers that the program has installed.
-pub(crate) fn cover() {
-    static TURN: Mutex<()> = Mutex::new(());
-    // Who is just doing it may have looked before the caller's handler was installed.
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+/// Held by whoever covers.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// Whether a signal's handlers are covered.
+fn is_coverable(signal: i32) -> bool {
     // The C library keeps some signals between the last standard one and SIGRTMIN to itself.
     let reserved = 32..libc::SIGRTMIN();
-    for signal in 1..=LAST {
-        let unblockable = [libc::SIGKILL, libc::SIGSTOP].contains(&signal);
-        if !unblockable && !SYNCHRONOUS.contains(&signal) && !reserved.contains(&signal) {
+    let unblockable = [libc::SIGKILL, libc::SIGSTOP].contains(&signal);
+    (1..=LAST).contains(&signal)
+        && !unblockable
+        && !SYNCHRONOUS.contains(&signal)
+        && !reserved.contains(&signal)
+}
+
+/// Covers the handlers that the program has installed.
+pub(crate) fn cover() {
+    cpu::claim_faults();
+    // Who is just doing it may have looked before the caller's handler was installed.
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    (1..=LAST)
+        .filter(|&signal| is_coverable(signal))
+        .for_each(cover_signal);
+}
+
+/// Makes the handler that the program has just installed for a signal end KVM_RUN from now on;
+/// without this call, that is so when a vCPU next begins to run, or some milliseconds later.
+/// Async-signal-safe, and safe in the child of a fork.
+pub fn cover_signal_handler(signal: libc::c_int) {
+    if SYNCHRONOUS.contains(&signal) {
+        cpu::claim_faults();
+    }
+    if !is_coverable(signal) {
+        return;
+    }
+    while_blocked(|| {
+        // Who has it may be a thread that a fork has left behind.
+        if let Ok(_turn) = TURN.try_lock() {
             cover_signal(signal);
         }
-    }
+    });
 }
 
 fn cover_signal(signal: i32) {
@@ -450,5 +493,24 @@ mod tests {
         }
         let flags = mine.flags | ONCE;
         assert_eq!(covered(&Disposition { flags, ..mine }), None);
+    }
+
+    #[test]
+    fn faults_are_not_put_off() {
+        let mailbox = crate::mailbox::tests::mailbox();
+        let before = change_mask(libc::SIG_BLOCK, 0);
+        // SAFETY: a handler that does nothing, and a signal to the calling thread.
+        unsafe {
+            libc::signal(libc::SIGUSR2, nothing as *const () as usize);
+            cover_signal_handler(libc::SIGUSR2);
+            let run = Run::begin(&mailbox);
+            libc::raise(libc::SIGUSR2);
+            assert!(arrived());
+            let blocked = change_mask(libc::SIG_BLOCK, 0);
+            assert_eq!(blocked & !ASYNCHRONOUS, 0);
+            assert_ne!(blocked & bit(libc::SIGTERM), 0);
+            drop(run);
+        }
+        assert_eq!(change_mask(libc::SIG_BLOCK, 0), before);
     }
 }

@@ -1,8 +1,8 @@
-//! The API tests once more, against `kvm-ioctls` and the host's `/dev/kvm`.
+//! The API tests once more, against `kvm-ioctls` and a `/dev/kvm`.
 //!
-//! Not among the tests that run by default: it is for a machine whose KVM may be used. CI compiles
-//! it, which shows that these tests, and so programs like them, need nothing that `kvm-ioctls`
-//! does not have.
+//! Not among the tests that run by default, as the host's KVM may not be theirs to use.
+//! `cargo xtask check "tests on kvm-ioctls"` runs them with the preload library, as any program for
+//! KVM runs on Eptide; without it they test the host's KVM.
 #![allow(clippy::duplicate_mod, reason = "each program has a module of helpers")]
 
 // To the modules below, this program is the crate they test.

@@ -36,21 +36,21 @@ impl Next {
 /// The caller vouches for the signature and the arguments.
 macro_rules! next {
     ($name:ident($($argument:ident: $type:ty),*) -> $result:ty) => {{
-        static NEXT: $crate::next::Next = $crate::next::Next::new(
-            // SAFETY: a literal with one zero, at its end.
-            unsafe {
-                std::ffi::CStr::from_bytes_with_nul_unchecked(concat!(stringify!($name), "\0").as_bytes())
-            },
-        );
-        let address = NEXT.address();
-        if address.is_null() {
-            $crate::symbols::fail(libc::ENOSYS)
-        } else {
-            // SAFETY: the function of this name has this signature.
-            let function: unsafe extern "C" fn($($type),*) -> $result =
-                unsafe { std::mem::transmute(address) };
+        const NAME: &std::ffi::CStr =
+            match std::ffi::CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()) {
+                Ok(name) => name,
+                Err(_) => panic!("a literal with one zero, at its end"),
+            };
+        static NEXT: $crate::next::Next = $crate::next::Next::new(NAME);
+        type Function = unsafe extern "C" fn($($type),*) -> $result;
+        // SAFETY: the function of this name has this signature, and an address is one or null.
+        let function = unsafe {
+            std::mem::transmute::<*mut std::ffi::c_void, Option<Function>>(NEXT.address())
+        };
+        match function {
             // SAFETY: the arguments are the program's own.
-            unsafe { function($($argument),*) }
+            Some(function) => unsafe { function($($argument),*) },
+            None => $crate::symbols::fail(libc::ENOSYS),
         }
     }};
 }

@@ -13,10 +13,11 @@ use rustix::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::fs::{MemfdFlags, Mode, OFlags};
 use rustix::mm::ProtFlags;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, LazyLock, OnceLock, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError, RwLock, Weak};
 
 const PAGE: usize = 4096;
 /// The page of a vCPU's file that is the VM's ring of coalesced writes.
@@ -56,14 +57,45 @@ fn identity(fd: BorrowedFd<'_>) -> Option<Identity> {
     Some((stat.st_dev, stat.st_ino))
 }
 
+/// Counts what can change the meaning of a descriptor's number.
+static EPOCH: AtomicU64 = AtomicU64::new(0);
+
+thread_local! {
+    /// The thread's last object, under which number it was found, and in which epoch: a vCPU's
+    /// thread asks for the same one again and again.
+    static LAST: RefCell<(u64, RawFd, Weak<Known>)> = const { RefCell::new((0, -1, Weak::new())) };
+}
+
+/// A descriptor is about to be, or was, closed, replaced or made.
+pub(crate) fn renumbered() {
+    EPOCH.fetch_add(1, Ordering::Release);
+}
+
 fn find(fd: RawFd) -> Option<Arc<Known>> {
     if fd < 0 || !IS_USED.load(Ordering::Relaxed) {
         return None;
     }
+    let epoch = EPOCH.load(Ordering::Acquire);
+    // A thread that ends has no memory of its own any more, and a signal's handler may come while
+    // the thread looks here.
+    let last = LAST.try_with(|last| match last.try_borrow() {
+        Ok(last) if (last.0, last.1) == (epoch, fd) => last.2.upgrade(),
+        _ => None,
+    });
+    if let Ok(Some(known)) = last {
+        return Some(known);
+    }
     // SAFETY: the descriptor is used for one call, which fails if it is not open.
     let identity = identity(unsafe { BorrowedFd::borrow_raw(fd) })?;
     let objects = OBJECTS.read().unwrap_or_else(PoisonError::into_inner);
-    objects.get(&identity).cloned()
+    let known = objects.get(&identity).cloned()?;
+    drop(objects);
+    let _ = LAST.try_with(|last| {
+        if let Ok(mut last) = last.try_borrow_mut() {
+            *last = (epoch, fd, Arc::downgrade(&known));
+        }
+    });
+    Some(known)
 }
 
 /// Another open file of what a descriptor refers to.
@@ -86,6 +118,7 @@ fn publish(kind: Kind, file: BorrowedFd<'_>, flags: OFlags) -> Result<RawFd, i32
     let mut objects = OBJECTS.write().unwrap_or_else(PoisonError::into_inner);
     objects.insert(identity, Arc::new(known));
     IS_USED.store(true, Ordering::Relaxed);
+    renumbered();
     Ok(given.into_raw_fd())
 }
 
@@ -129,6 +162,13 @@ pub(crate) fn ioctl(fd: RawFd, request: u32, argument: u64) -> Option<Result<lib
     }))
 }
 
+/// The program has set a signal's disposition.
+pub(crate) fn handler_installed(signal: libc::c_int) {
+    if IS_USED.load(Ordering::Relaxed) {
+        kvm::cover_signal_handler(signal);
+    }
+}
+
 /// A panic must not reach the program, which is in another language.
 fn guarded(body: impl FnOnce() -> Result<libc::c_int, i32>) -> Result<libc::c_int, i32> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or(Err(libc::EIO))
@@ -147,6 +187,9 @@ pub(crate) fn map_shared_page(
     let Kind::Vcpu(vcpu) = &known.kind else {
         return Ok(());
     };
+    let mut mappings = MAPPINGS.write().unwrap_or_else(PoisonError::into_inner);
+    mappings.push(address);
+    drop(mappings);
     let first = offset as usize / PAGE;
     if !(first..first + length.div_ceil(PAGE)).contains(&RING_PAGE) {
         return Ok(());
@@ -176,7 +219,7 @@ fn watch(file: BorrowedFd<'_>) {
         let watch = inotify::init(CreateFlags::CLOEXEC).ok()?.into_raw_fd();
         // SAFETY: the descriptor is never closed.
         let watched = unsafe { BorrowedFd::borrow_raw(watch) };
-        kvm::helpers::spawn("kvm-close", move || reap(watched)).ok()?;
+        kvm::helpers::spawn("kvm-close", move || serve(watched)).ok()?;
         Some(watch)
     });
     // Without it objects stay until the program ends.
@@ -188,28 +231,87 @@ fn watch(file: BorrowedFd<'_>) {
     }
 }
 
-/// Drops objects that the program has let go of.
-fn reap(watch: BorrowedFd<'_>) {
+/// Drops objects as the kernel tells that their files were closed.
+fn serve(watch: BorrowedFd<'_>) {
     let mut buffer = [MaybeUninit::uninit(); 4096];
     let mut events = inotify::Reader::new(watch, &mut buffer);
     loop {
         match events.next() {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) => reap(),
+            Err(rustix::io::Errno::INTR) => {}
             Err(_) => return,
         }
-        let mut ended = Vec::new();
-        let mut objects = OBJECTS.write().unwrap_or_else(PoisonError::into_inner);
-        objects.retain(|_, known| {
-            let is_open = is_open_elsewhere(&known.file);
-            if !is_open {
-                ended.push(known.clone());
-            }
-            is_open
-        });
-        drop(objects);
-        // Here and not under the lock: a VM's end waits for threads.
-        drop(ended);
     }
+}
+
+/// Drops objects that the program has let go of.
+fn reap() {
+    // Whoever comes second waits for what the first is at: a closed VM is gone.
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let process = PROCESS.load(Ordering::Relaxed);
+    let mut objects = OBJECTS.write().unwrap_or_else(PoisonError::into_inner);
+    let is_over = |known: &Known| known.process == process && !is_open_elsewhere(&known.file);
+    let ended: Vec<_> = objects.extract_if(|_, known| is_over(known)).collect();
+    drop(objects);
+    // Not under the lock: a VM's end waits for its threads.
+    drop(ended);
+}
+
+/// Closes a descriptor. An object that was the program's no more after that is gone, as in the
+/// kernel, when this returns.
+pub(crate) fn close(fd: RawFd, close: impl FnOnce() -> libc::c_int) -> libc::c_int {
+    let is_object = is_object(fd);
+    renumbered();
+    let result = close();
+    renumbered();
+    if is_object {
+        reap();
+    }
+    result
+}
+
+/// Whether a descriptor is an object's of this process; no for one that cannot be told now, in a
+/// signal's handler or after a fork.
+fn is_object(fd: RawFd) -> bool {
+    if fd < 0 || !IS_USED.load(Ordering::Relaxed) {
+        return false;
+    }
+    // SAFETY: the descriptor is used for one call, which fails if it is not open.
+    let Some(identity) = identity(unsafe { BorrowedFd::borrow_raw(fd) }) else {
+        return false;
+    };
+    let Ok(objects) = OBJECTS.try_read() else {
+        return false;
+    };
+    let process = PROCESS.load(Ordering::Relaxed);
+    objects
+        .get(&identity)
+        .is_some_and(|known| known.process == process)
+}
+
+/// Addresses at which the program has mapped vCPUs' files: a mapping may be its last reference.
+static MAPPINGS: RwLock<Vec<usize>> = RwLock::new(Vec::new());
+
+/// Removes mappings, as [`close`] closes.
+pub(crate) fn unmap(
+    address: usize,
+    length: usize,
+    unmap: impl FnOnce() -> libc::c_int,
+) -> libc::c_int {
+    let range = address..address.saturating_add(length);
+    let is_vcpu = IS_USED.load(Ordering::Relaxed)
+        && MAPPINGS
+            .try_read()
+            .is_ok_and(|mappings| mappings.iter().any(|at| range.contains(at)));
+    let result = unmap();
+    if is_vcpu && result == 0 {
+        let mut mappings = MAPPINGS.write().unwrap_or_else(PoisonError::into_inner);
+        mappings.retain(|at| !range.contains(at));
+        drop(mappings);
+        reap();
+    }
+    result
 }
 
 /// Whether a file is open besides by this descriptor.

@@ -7,10 +7,25 @@ use rustix::mm::{MapFlags, ProtFlags};
 use std::ffi::CStr;
 
 /// Sets errno and gives -1.
-pub(crate) fn fail<T: From<i8>>(errno: c_int) -> T {
+pub(crate) fn fail<T: Failure>(errno: c_int) -> T {
     // SAFETY: the calling thread's errno.
     unsafe { *libc::__errno_location() = errno };
-    T::from(-1)
+    T::FAILURE
+}
+
+/// What functions of a type return when they fail.
+pub(crate) trait Failure {
+    /// It.
+    const FAILURE: Self;
+}
+
+impl Failure for c_int {
+    const FAILURE: c_int = -1;
+}
+
+/// The functions that return a signal's handler.
+impl Failure for usize {
+    const FAILURE: usize = libc::SIG_ERR;
 }
 
 /// A function's result or, with errno set, -1.
@@ -146,6 +161,91 @@ pub(crate) unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mu
     next!(ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int)
 }
 
+/// System calls after which a descriptor's number may mean something else. Not the C library's
+/// functions: a child looks for none of them after a fork.
+macro_rules! renumber {
+    ($($name:ident = $call:ident($($argument:ident: $type:ty),*);)*) => {
+        $(
+            #[doc = concat!("`", stringify!($name), "`.\n\n# Safety\n\nAs of the C library's.")]
+            #[unsafe(no_mangle)]
+            pub(crate) unsafe extern "C" fn $name($($argument: $type),*) -> c_int {
+                objects::renumbered();
+                // SAFETY: the arguments are the program's own.
+                let result = unsafe { libc::syscall(libc::$call, $($argument as c_long),*) };
+                objects::renumbered();
+                result as c_int
+            }
+        )*
+    };
+}
+
+renumber! {
+    close_range = SYS_close_range(first: c_uint, last: c_uint, flags: c_int);
+    dup2 = SYS_dup2(from: c_int, to: c_int);
+    dup3 = SYS_dup3(from: c_int, to: c_int, flags: c_int);
+}
+
+/// `close`.
+///
+/// # Safety
+///
+/// As of the C library's.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn close(fd: c_int) -> c_int {
+    // SAFETY: the argument is the program's own.
+    objects::close(fd, || unsafe {
+        libc::syscall(libc::SYS_close, fd as c_long) as c_int
+    })
+}
+
+/// `munmap`.
+///
+/// # Safety
+///
+/// As of the C library's.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn munmap(address: *mut c_void, length: size_t) -> c_int {
+    // SAFETY: the arguments are the program's own.
+    objects::unmap(address as usize, length, || unsafe {
+        libc::syscall(libc::SYS_munmap, address, length) as c_int
+    })
+}
+
+/// `sigaction`: a handler ends KVM_RUN as soon as it is installed.
+///
+/// # Safety
+///
+/// As of the C library's.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn sigaction(
+    signal: c_int,
+    new: *const libc::sigaction,
+    old: *mut libc::sigaction,
+) -> c_int {
+    let result = next!(sigaction(
+        signal: c_int,
+        new: *const libc::sigaction,
+        old: *mut libc::sigaction
+    ) -> c_int);
+    // Not for who only looks, as that call itself does.
+    if !new.is_null() {
+        objects::handler_installed(signal);
+    }
+    result
+}
+
+/// `signal`, likewise.
+///
+/// # Safety
+///
+/// As of the C library's.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn signal(signal: c_int, handler: usize) -> usize {
+    let old = next!(signal(signal: c_int, handler: usize) -> usize);
+    objects::handler_installed(signal);
+    old
+}
+
 /// Maps a file; the page that all vCPUs of a VM share into a vCPU's.
 unsafe fn map(
     address: *mut c_void,
@@ -175,7 +275,7 @@ unsafe fn map(
     if let Err(errno) = objects::map_shared_page(fd, mapped as usize, length, offset, protection) {
         // SAFETY: the mapping just made.
         unsafe { libc::syscall(libc::SYS_munmap, mapped, length) };
-        fail::<i64>(errno);
+        fail::<c_int>(errno);
         return libc::MAP_FAILED;
     }
     mapped as *mut c_void

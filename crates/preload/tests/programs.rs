@@ -1,0 +1,240 @@
+//! A program that has the library preloaded: each test runs itself again that way.
+
+use kvm_bindings::KVM_API_VERSION;
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::process::Command;
+
+/// Runs a test again with the library preloaded; false in the run that has it.
+fn again(test: &str) -> bool {
+    const MARK: &str = "EPTIDE_TEST_IS_PRELOADED";
+    if std::env::var_os(MARK).is_some() {
+        return false;
+    }
+    let program = std::env::current_exe().unwrap();
+    let library = program.with_file_name("libeptide_preload.so");
+    assert!(library.is_file(), "{} is missing", library.display());
+    let output = Command::new(&program)
+        .args([test, "--exact", "--nocapture"])
+        .env("LD_PRELOAD", library)
+        .env(MARK, "")
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    true
+}
+
+/// A VM whose first vCPU writes to port 0x80 and halts.
+fn machine() -> (Kvm, VmFd, VcpuFd) {
+    machine_with(&[0xe6, 0x80, 0xf4])
+}
+
+/// A VM with a page of memory that holds 16-bit code.
+fn machine_with(code: &[u8]) -> (Kvm, VmFd, VcpuFd) {
+    let kvm = Kvm::new().unwrap();
+    let vm = kvm.create_vm().unwrap();
+    // SAFETY: a new mapping at an address the kernel chooses, which stays.
+    let memory = unsafe {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0)
+    };
+    // SAFETY: the page just mapped.
+    unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), memory.cast(), code.len()) };
+    let region = kvm_bindings::kvm_userspace_memory_region {
+        memory_size: 4096,
+        userspace_addr: memory as u64,
+        ..Default::default()
+    };
+    // SAFETY: the memory stays.
+    unsafe { vm.set_user_memory_region(region).unwrap() };
+    let vcpu = vm.create_vcpu(0).unwrap();
+    let mut sregs = vcpu.get_sregs().unwrap();
+    (sregs.cs.base, sregs.cs.selector) = (0, 0);
+    vcpu.set_sregs(&sregs).unwrap();
+    let mut regs = vcpu.get_regs().unwrap();
+    regs.rip = 0;
+    vcpu.set_regs(&regs).unwrap();
+    (kvm, vm, vcpu)
+}
+
+#[test]
+fn the_device_is_there_for_all_who_look() {
+    if again("the_device_is_there_for_all_who_look") {
+        return;
+    }
+    let metadata = std::fs::metadata("/dev/kvm").unwrap();
+    assert!(metadata.file_type().is_char_device());
+    assert_eq!(metadata.rdev(), libc::makedev(10, 232));
+    // SAFETY: a C string.
+    let access = |mode| unsafe { libc::access(c"/dev/kvm".as_ptr(), mode) };
+    assert_eq!(access(libc::F_OK), 0);
+    assert_eq!(access(libc::R_OK | libc::W_OK), 0);
+    assert_eq!(access(libc::X_OK), -1);
+    // Others are the kernel's.
+    assert!(
+        std::fs::metadata("/dev/null")
+            .unwrap()
+            .file_type()
+            .is_char_device()
+    );
+    assert!(File::open("/no/such/file").is_err());
+    let kvm = Kvm::new().unwrap();
+    assert_eq!(kvm.get_api_version(), KVM_API_VERSION as i32);
+}
+
+#[test]
+fn a_guest_runs() {
+    if again("a_guest_runs") {
+        return;
+    }
+    let (_kvm, _vm, mut vcpu) = machine();
+    assert!(matches!(vcpu.run().unwrap(), VcpuExit::IoOut(0x80, [_])));
+    assert!(matches!(vcpu.run().unwrap(), VcpuExit::Hlt));
+}
+
+fn ioctl(fd: RawFd, request: u32, argument: usize) -> Result<i32, i32> {
+    // SAFETY: the requests below take numbers.
+    let result = unsafe { libc::ioctl(fd, request as libc::c_ulong, argument) };
+    if result < 0 {
+        Err(std::io::Error::last_os_error().raw_os_error().unwrap())
+    } else {
+        Ok(result)
+    }
+}
+
+/// `_IO(KVMIO, number)`.
+const fn request(number: u32) -> u32 {
+    0xae00 | number
+}
+const GET_API_VERSION: u32 = request(0x00);
+const CREATE_VM: u32 = request(0x01);
+const CREATE_VCPU: u32 = request(0x41);
+const RUN: u32 = request(0x80);
+
+#[test]
+fn descriptors_are_the_kernels() {
+    if again("descriptors_are_the_kernels") {
+        return;
+    }
+    let kvm = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .unwrap();
+    let copy = kvm.try_clone().unwrap();
+    drop(kvm);
+    assert_eq!(ioctl(copy.as_raw_fd(), GET_API_VERSION, 0), Ok(12));
+    // What is no object's, and what the object does not know.
+    let other = File::open("/dev/null").unwrap();
+    assert_eq!(
+        ioctl(other.as_raw_fd(), GET_API_VERSION, 0),
+        Err(libc::ENOTTY)
+    );
+    assert_eq!(ioctl(copy.as_raw_fd(), RUN, 0), Err(libc::ENOTTY));
+    assert_eq!(ioctl(-1, GET_API_VERSION, 0), Err(libc::EBADF));
+    // A number that means another object from one call to the next.
+    let vm = ioctl(copy.as_raw_fd(), CREATE_VM, 0).unwrap();
+    assert_eq!(ioctl(vm, GET_API_VERSION, 0), Err(libc::ENOTTY));
+    // SAFETY: descriptors of this test.
+    assert_eq!(unsafe { libc::dup2(copy.as_raw_fd(), vm) }, vm);
+    assert_eq!(ioctl(vm, GET_API_VERSION, 0), Ok(12));
+    // SAFETY: as above.
+    assert_eq!(unsafe { libc::close(vm) }, 0);
+    assert_eq!(ioctl(vm, GET_API_VERSION, 0), Err(libc::EBADF));
+    assert_eq!(ioctl(copy.as_raw_fd(), CREATE_VM, 99), Err(libc::EINVAL));
+}
+
+#[test]
+fn the_last_reference_ends_an_object() {
+    if again("the_last_reference_ends_an_object") {
+        return;
+    }
+    let count = |folder| std::fs::read_dir(folder).unwrap().count();
+    let counts = || (count("/proc/self/fd"), count("/proc/self/task"));
+    drop(machine());
+    let before = counts();
+    for _ in 0..50 {
+        let (kvm, vm, mut vcpu) = machine();
+        vm.create_irq_chip().unwrap_err();
+        // A vCPU keeps its VM.
+        drop((kvm, vm));
+        assert!(matches!(vcpu.run().unwrap(), VcpuExit::IoOut(0x80, _)));
+    }
+    assert_eq!(counts(), before);
+    // A mapping keeps its vCPU and so the VM.
+    let kvm = Kvm::new().unwrap();
+    let vm = ioctl(kvm.as_raw_fd(), CREATE_VM, 0).unwrap();
+    let vcpu = ioctl(vm, CREATE_VCPU, 0).unwrap();
+    // SAFETY: new descriptors that nobody else has, and a mapping that is removed below.
+    unsafe {
+        let (vm, vcpu) = (OwnedFd::from_raw_fd(vm), OwnedFd::from_raw_fd(vcpu));
+        let length = kvm.get_vcpu_mmap_size().unwrap();
+        let (address, protection) = (std::ptr::null_mut(), libc::PROT_READ);
+        let mapped = libc::mmap(
+            address,
+            length,
+            protection,
+            libc::MAP_SHARED,
+            vcpu.as_raw_fd(),
+            0,
+        );
+        assert_ne!(mapped, libc::MAP_FAILED);
+        drop((kvm, vcpu, vm));
+        assert!(counts().0 > before.0);
+        assert_eq!(libc::munmap(mapped, length), 0);
+    }
+    assert_eq!(counts(), before);
+}
+
+#[test]
+fn a_forks_child_has_no_part_in_a_vm() {
+    if again("a_forks_child_has_no_part_in_a_vm") {
+        return;
+    }
+    let (kvm, vm, mut vcpu) = machine();
+    // SAFETY: the child makes system calls only.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let fails = ioctl(kvm.as_raw_fd(), GET_API_VERSION, 0) == Err(libc::EIO)
+            && ioctl(vm.as_raw_fd(), CREATE_VCPU, 1) == Err(libc::EIO)
+            && ioctl(vcpu.as_raw_fd(), RUN, 0) == Err(libc::EIO);
+        // SAFETY: ends the process.
+        unsafe { libc::_exit(i32::from(!fails)) };
+    }
+    let mut status = 0;
+    // SAFETY: the child's ID, and room for its status.
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert_eq!(status, 0);
+    assert!(matches!(vcpu.run().unwrap(), VcpuExit::IoOut(0x80, _)));
+}
+
+extern "C" fn nothing(_: libc::c_int) {}
+
+#[test]
+fn a_handler_ends_a_run_as_soon_as_it_is_installed() {
+    if again("a_handler_ends_a_run_as_soon_as_it_is_installed") {
+        return;
+    }
+    // JMP to itself.
+    let (_kvm, _vm, mut vcpu) = machine_with(&[0xeb, 0xfe]);
+    // SAFETY: has no conditions.
+    let thread = unsafe { libc::pthread_self() };
+    std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        let signal = libc::SIGRTMIN() + 3;
+        // SAFETY: a handler that does nothing; the thread joins this one.
+        unsafe {
+            libc::signal(signal, nothing as *const () as usize);
+            libc::pthread_kill(thread, signal);
+        }
+    });
+    assert_eq!(vcpu.run().unwrap_err().errno(), libc::EINTR);
+}
