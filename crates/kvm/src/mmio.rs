@@ -296,6 +296,7 @@ fn advance(core: &mut Core, vcpu: &Vcpu, observer: Option<&mut dyn cpu::Observer
         match result {
             Emulated::Done => {
                 core.counters.instructions_emulated += 1;
+                core.debug.stepped |= core.debug.single_step() && observer.is_none();
                 core.emulation.answered.clear();
                 core.emulation.writes = writes.into();
                 return drain_writes(core, vcpu);

@@ -542,6 +542,11 @@ impl Core {
                 Outcome::Resume => {}
                 other => return self.finish(vcpu, other),
             }
+            // A step by user space is over when its instruction is.
+            if std::mem::take(&mut self.debug.stepped) {
+                let outcome = exits::step_exit(self, vcpu);
+                return self.finish(vcpu, outcome);
+            }
         }
         if let Some(vector) = self.port_io.pending_eoi.take() {
             let outcome = exits::ioapic_eoi(self, vcpu, vector);

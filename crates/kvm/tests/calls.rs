@@ -239,6 +239,16 @@ fn what_the_clock_reads_can_be_written() {
     let clock = vm.get_clock().unwrap();
     assert_ne!(clock.flags & KVM_CLOCK_TSC_STABLE, 0);
     vm.set_clock(&clock).unwrap();
+    // Time went on while the VM was away.
+    let away = kvm_clock_data {
+        clock: 1000,
+        flags: KVM_CLOCK_REALTIME,
+        realtime: clock.realtime - 5_000_000_000,
+        ..Default::default()
+    };
+    vm.set_clock(&away).unwrap();
+    let now = vm.get_clock().unwrap().clock;
+    assert!((5_000_000_000..15_000_000_000).contains(&now), "{now}");
     let unknown = kvm_clock_data {
         flags: 1 << 8,
         ..clock

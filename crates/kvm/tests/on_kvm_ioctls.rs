@@ -28,6 +28,8 @@ impl Options {
 mod conformance;
 #[path = "corners.rs"]
 mod corners;
+#[path = "devices.rs"]
+mod devices;
 #[path = "events.rs"]
 mod events;
 #[path = "guests.rs"]

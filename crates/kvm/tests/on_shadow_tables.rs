@@ -5,6 +5,8 @@
 mod conformance;
 #[path = "corners.rs"]
 mod corners;
+#[path = "devices.rs"]
+mod devices;
 #[path = "events.rs"]
 mod events;
 #[path = "execution_traps.rs"]
