@@ -516,12 +516,7 @@ fn wide_accesses_to_devices_come_in_eights() {
         stop(a)
     });
     let mut machine = Machine::new(Irqchip::None, 1, &code);
-    let mut sregs = machine.vcpu().get_sregs().unwrap();
-    sregs.cr4 |= 1 << 18;
-    machine.vcpu().set_sregs(&sregs).unwrap();
-    let mut xcrs = machine.vcpu().get_xcrs().unwrap();
-    xcrs.xcrs[0].value = 7;
-    machine.vcpu().set_xcrs(&xcrs).unwrap();
+    machine.enable_avx();
     let (mut reads, mut writes) = (Vec::new(), Vec::new());
     loop {
         match machine.vcpu().run().unwrap() {

@@ -14,13 +14,8 @@ const SIZE: usize = 0x3000;
 
 /// A machine with AVX for a guest that uses what is at [`DEVICE`].
 fn machine(code: &[u8]) -> Machine {
-    let mut machine = Machine::new(Irqchip::None, 1, code);
-    let mut sregs = machine.vcpu().get_sregs().unwrap();
-    sregs.cr4 |= 1 << 18;
-    machine.vcpu().set_sregs(&sregs).unwrap();
-    let mut xcrs = machine.vcpu().get_xcrs().unwrap();
-    xcrs.xcrs[0].value = 7;
-    machine.vcpu().set_xcrs(&xcrs).unwrap();
+    let machine = Machine::new(Irqchip::None, 1, code);
+    machine.enable_avx();
     machine
 }
 
@@ -288,6 +283,21 @@ fn at_the_end_of_memory() {
     assert_eq!(machine.memory.read_u64(END - 8), 0x6677_8800_0000_0001);
 }
 
+/// Runs until an exit that is neither a device's nor port 0x81's.
+fn next(machine: &mut Machine) -> Option<kvm_debug_exit_arch> {
+    loop {
+        match machine.vcpu().run().unwrap() {
+            VcpuExit::Debug(debug) => return Some(debug),
+            VcpuExit::IoOut(0x80, _) => return None,
+            VcpuExit::MmioRead(..)
+            | VcpuExit::MmioWrite(..)
+            | VcpuExit::IoOut(0x81, _)
+            | VcpuExit::IoIn(0x81, _) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
 /// A guest that steps through itself takes one trap an instruction, devices or not.
 #[test]
 fn the_trap_flag_counts_accesses_to_devices() {
@@ -316,16 +326,7 @@ fn the_trap_flag_counts_accesses_to_devices() {
         a.mov(r14, dr6)?;
         a.iretq()
     });
-    loop {
-        match machine.vcpu().run().unwrap() {
-            VcpuExit::IoOut(0x80, _) => break,
-            VcpuExit::MmioRead(..)
-            | VcpuExit::MmioWrite(..)
-            | VcpuExit::IoOut(0x81, _)
-            | VcpuExit::IoIn(0x81, _) => {}
-            other => panic!("{other:?}"),
-        }
-    }
+    assert!(next(&mut machine).is_none());
     let regs = machine.vcpu().get_regs().unwrap();
     // The eight, and PUSHF, AND and POPF.
     assert_eq!((regs.r15, regs.r14 >> 14 & 1), (11, 1));
@@ -351,19 +352,9 @@ fn steps_end_behind_accesses_to_devices() {
     };
     machine.vcpu().set_guest_debug(&request).unwrap();
     let mut at = vec![CODE];
-    loop {
-        match machine.vcpu().run().unwrap() {
-            VcpuExit::Debug(debug) => {
-                assert_eq!(debug.exception, 1);
-                at.push(debug.pc);
-            }
-            VcpuExit::IoOut(0x80, _) => break,
-            VcpuExit::MmioRead(..)
-            | VcpuExit::MmioWrite(..)
-            | VcpuExit::IoOut(0x81, _)
-            | VcpuExit::IoIn(0x81, _) => {}
-            other => panic!("{other:?}"),
-        }
+    while let Some(debug) = next(&mut machine) {
+        assert_eq!(debug.exception, 1);
+        at.push(debug.pc);
     }
     let lengths: Vec<u64> = at.windows(2).map(|pair| pair[1] - pair[0]).collect();
     assert_eq!(lengths, [10, 2, 4, 2, 2, 2, 1]);

@@ -28,6 +28,8 @@ impl Options {
 mod conformance;
 #[path = "corners.rs"]
 mod corners;
+#[path = "debugger.rs"]
+mod debugger;
 #[path = "devices.rs"]
 mod devices;
 #[path = "events.rs"]

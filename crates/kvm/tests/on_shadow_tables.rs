@@ -5,6 +5,8 @@
 mod conformance;
 #[path = "corners.rs"]
 mod corners;
+#[path = "debugger.rs"]
+mod debugger;
 #[path = "devices.rs"]
 mod devices;
 #[path = "events.rs"]

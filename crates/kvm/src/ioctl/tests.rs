@@ -146,6 +146,28 @@ fn a_dead_vm_answers_eio() {
     kvm.create_vm().unwrap();
 }
 
+/// A vCPU that runs, or sleeps, when its VM dies comes back; others go on.
+#[test]
+fn a_dying_vm_gives_its_vcpus_back() {
+    let kvm = Kvm::new().unwrap();
+    let vm = kvm.create_vm().unwrap();
+    vm.create_irq_chip().unwrap();
+    let other = kvm.create_vm().unwrap();
+    let vcpu = vm.create_vcpu(0).unwrap();
+    vcpu.set_mp_state(kvm_bindings::kvm_mp_state {
+        mp_state: kvm_bindings::KVM_MP_STATE_HALTED,
+    })
+    .unwrap();
+    std::thread::scope(|scope| {
+        let sleeper = scope.spawn(|| vcpu.inner().run());
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        vm.inner().bug("a test says so");
+        let error = sleeper.join().unwrap().unwrap_err();
+        assert_eq!(error.errno(), libc::EIO);
+    });
+    other.create_vcpu(0).unwrap();
+}
+
 #[test]
 fn the_document_is_current() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/kvm-api.md");

@@ -320,6 +320,17 @@ impl Machine {
         vcpu.set_sregs(&sregs).unwrap();
     }
 
+    /// Lets the first vCPU's guest use AVX.
+    pub(crate) fn enable_avx(&self) {
+        let vcpu = &self.vcpus[0];
+        let mut sregs = vcpu.get_sregs().unwrap();
+        sregs.cr4 |= 1 << 18;
+        vcpu.set_sregs(&sregs).unwrap();
+        let mut xcrs = vcpu.get_xcrs().unwrap();
+        xcrs.xcrs[0].value = 7;
+        vcpu.set_xcrs(&xcrs).unwrap();
+    }
+
     /// Points an interrupt vector at 64-bit code.
     pub(crate) fn gate(&self, vector: u8, handler: u64) {
         let at = IDT + 16 * vector as u64;

@@ -1,0 +1,144 @@
+//! A debugger in user space and a guest that uses the same means.
+
+mod common;
+
+use common::*;
+use eptide_kvm as kvm;
+use kvm::VcpuExit;
+use kvm_bindings::*;
+
+fn debug(machine: &mut Machine, control: u32, debugreg: [u64; 8]) {
+    let request = kvm_guest_debug {
+        control: KVM_GUESTDBG_ENABLE | control,
+        arch: kvm_guest_debug_arch { debugreg },
+        ..Default::default()
+    };
+    machine.vcpu().set_guest_debug(&request).unwrap();
+}
+
+/// Runs until an exception is the debugger's.
+fn stopped(machine: &mut Machine) -> kvm_debug_exit_arch {
+    match machine.vcpu().run().unwrap() {
+        VcpuExit::Debug(debug) => debug,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A breakpoint that is not the debugger's goes back to the guest.
+#[test]
+fn a_breakpoint_of_the_guests_is_given_back() {
+    let code = assemble(|a| {
+        a.nop()?;
+        a.int3()?;
+        a.nop()?;
+        stop(a)
+    });
+    let mut machine = Machine::new(Irqchip::None, 1, &code);
+    machine.gate(3, 0x3000);
+    machine.code_at(0x3000, |a| {
+        a.mov(r15, qword_ptr(rsp))?;
+        a.iretq()
+    });
+    debug(&mut machine, KVM_GUESTDBG_USE_SW_BP, [0; 8]);
+    let at = stopped(&mut machine);
+    assert_eq!((at.exception, at.pc), (3, CODE + 1));
+    debug(
+        &mut machine,
+        KVM_GUESTDBG_USE_SW_BP | KVM_GUESTDBG_INJECT_BP,
+        [0; 8],
+    );
+    runs_to_stop(&mut machine);
+    assert_eq!(machine.vcpu().get_regs().unwrap().r15, CODE + 2);
+}
+
+/// Data is watched, and the guest's own debug registers are its own meanwhile.
+#[test]
+fn data_is_watched() {
+    let code = assemble(|a| {
+        a.mov(rax, 0x1234u64)?;
+        a.mov(dr1, rax)?;
+        a.mov(dword_ptr(0x5000), 1)?;
+        a.mov(eax, dword_ptr(0x5008))?;
+        a.mov(dword_ptr(0x5008), 1)?;
+        a.mov(rcx, dr1)?;
+        a.mov(rdx, dr7)?;
+        stop(a)
+    });
+    let mut machine = Machine::new(Irqchip::None, 1, &code);
+    // DR1: four bytes at 0x5008, written.
+    let mut registers = [0; 8];
+    (registers[1], registers[7]) = (0x5008, 0x00d0_0404);
+    debug(&mut machine, KVM_GUESTDBG_USE_HW_BP, registers);
+    let at = stopped(&mut machine);
+    assert_eq!((at.exception, at.dr6 & 0xf), (1, 2));
+    assert_eq!(machine.memory.read_u64(0x5008), 1, "a trap");
+    runs_to_stop(&mut machine);
+    let regs = machine.vcpu().get_regs().unwrap();
+    assert_eq!((regs.rcx, regs.rdx), (0x1234, 0x400));
+    let own = machine.vcpu().get_debug_regs().unwrap();
+    assert_eq!((own.db[1], own.dr7), (0x1234, 0x400));
+    machine.vcpu().set_guest_debug(&Default::default()).unwrap();
+    assert_eq!(machine.vcpu().get_debug_regs().unwrap().db[1], 0x1234);
+}
+
+/// Interrupts wait while the debugger steps, if it wants.
+#[test]
+fn steps_go_past_interrupts_where_asked() {
+    for blocks in [false, true] {
+        let code = assemble(|a| {
+            a.sti()?;
+            for _ in 0..5 {
+                a.nop()?;
+            }
+            stop(a)
+        });
+        let mut machine = Machine::new(Irqchip::None, 1, &code);
+        machine.count(0x61, 0x3000, 0x5000);
+        let block = if blocks { KVM_GUESTDBG_BLOCKIRQ } else { 0 };
+        debug(&mut machine, KVM_GUESTDBG_SINGLESTEP | block, [0; 8]);
+        machine.vcpu().interrupt(0x61).unwrap();
+        let places: Vec<u64> = (0..4).map(|_| stopped(&mut machine).pc).collect();
+        assert_eq!(places.iter().all(|pc| pc >> 12 == 1), blocks, "{places:x?}");
+        machine.vcpu().set_guest_debug(&Default::default()).unwrap();
+        runs_to_stop(&mut machine);
+        assert_eq!(machine.memory.read_u64(0x5000), 1);
+    }
+}
+
+/// A step over an instruction that faults is at the handler.
+#[test]
+fn a_step_over_a_fault_is_at_its_handler() {
+    let code = assemble(|a| {
+        a.ud2()?;
+        stop(a)
+    });
+    let mut machine = Machine::new(Irqchip::None, 1, &code);
+    machine.gate(6, 0x3000);
+    machine.code_at(0x3000, |a| {
+        a.nop()?;
+        stop(a)
+    });
+    debug(&mut machine, KVM_GUESTDBG_SINGLESTEP, [0; 8]);
+    let at = stopped(&mut machine);
+    assert!([0x3000, 0x3001].contains(&at.pc), "{:x}", at.pc);
+}
+
+/// A vCPU may be run by one thread after another.
+#[test]
+fn threads_take_turns() {
+    let code = assemble(|a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.inc(qword_ptr(0x5000))?;
+        stop(a)?;
+        a.jmp(again)
+    });
+    let mut machine = Machine::new(Irqchip::Full, 1, &code);
+    for _ in 0..20 {
+        std::thread::scope(|scope| {
+            let machine = &mut machine;
+            scope.spawn(move || runs_to_stop(machine)).join().unwrap();
+        });
+    }
+    assert_eq!(machine.memory.read_u64(0x5000), 20);
+}
