@@ -104,7 +104,7 @@ fn on_kvm_ioctls() -> Outcome {
     nextest(&program, &[(RUNNER, &runner)])
 }
 
-fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {
+pub(crate) fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command.args(arguments).envs(environment.iter().copied());

@@ -3,6 +3,7 @@
 mod check;
 mod fetch;
 mod licences;
+mod selftests;
 
 use std::process::ExitCode;
 
@@ -18,7 +19,9 @@ usage: cargo xtask <chore>
   fetch [package…]    guest material from Debian packages into the cache folder
                       (default: what the demo and the boot tests need)
   fetch --refresh …   the current version, even if the cache has one
-  licences            the licences of all dependencies";
+  licences            the licences of all dependencies
+  selftests [name…]   Linux's own tests of KVM on the preload library (all, or those whose
+                      command holds a name); needs gcc, make and 2 GB in the cache folder";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -27,6 +30,7 @@ fn main() -> ExitCode {
         ["check", steps @ ..] => check::run(steps),
         ["fetch", "--refresh", packages @ ..] => fetch::run(packages, true),
         ["fetch", packages @ ..] => fetch::run(packages, false),
+        ["selftests", names @ ..] => selftests::run(names),
         ["licences"] => licences::run(),
         _ => Err(USAGE.into()),
     };

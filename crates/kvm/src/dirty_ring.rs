@@ -67,6 +67,11 @@ pub(crate) fn check_size(bytes: u64, with_log: bool) -> Result<u32> {
 }
 
 impl DirtyRing {
+    /// Its size.
+    pub(crate) fn bytes(&self) -> usize {
+        self.count as usize * size_of::<kvm_dirty_gfn>()
+    }
+
     /// Maps the ring of `bytes` bytes behind a vCPU's area.
     pub(crate) fn new(area: &RunArea, bytes: u32, with_log: bool) -> Result<Arc<DirtyRing>> {
         let offset = (DIRTY_RING_PAGE * PAGE) as u64;

@@ -189,10 +189,7 @@ impl Mmu {
         let Some(ept) = EptPaging::new(config.levels, features, 52) else {
             return Err(ConfigError::Levels(config.levels));
         };
-        let slots = Memslots {
-            generation: config.first_generation,
-            ..Memslots::default()
-        };
+        let slots = Memslots::none(config.first_generation);
         Ok(Arc::new(Self {
             config,
             policy: LeafPolicy::new(&config),
@@ -200,7 +197,7 @@ impl Mmu {
             ept,
             host,
             update: Mutex::new(()),
-            generation: AtomicU64::new(slots.generation),
+            generation: AtomicU64::new(slots.generation()),
             snapshot: ArcSwap::from_pointee(slots),
             srcu: Srcu::default(),
             lock: MmuLock::default(),

@@ -174,6 +174,22 @@ fn guarded(body: impl FnOnce() -> Result<libc::c_int, i32>) -> Result<libc::c_in
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or(Err(libc::EIO))
 }
 
+/// Whether the program may map a file in a way: a vCPU's dirty ring is only mapped shared, and
+/// never to be executed.
+pub(crate) fn may_map(fd: RawFd, length: usize, offset: i64, is_plain: bool) -> bool {
+    if is_plain {
+        return true;
+    }
+    let Some(known) = find(fd) else { return true };
+    let Kind::Vcpu(vcpu) = &known.kind else {
+        return true;
+    };
+    let first = offset as usize / PAGE;
+    let last = first + length.div_ceil(PAGE).saturating_sub(1);
+    let ring = vcpu.dirty_ring_pages();
+    !ring.contains(&first) && !ring.contains(&last)
+}
+
 /// The program has mapped a file: if it is a vCPU's and the ring's page is among what is mapped,
 /// puts the VM's ring there.
 pub(crate) fn map_shared_page(

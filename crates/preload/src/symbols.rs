@@ -255,6 +255,13 @@ unsafe fn map(
     fd: c_int,
     offset: off_t,
 ) -> *mut c_void {
+    let is_file = fd >= 0 && flags & libc::MAP_ANONYMOUS == 0;
+    let is_private = flags & libc::MAP_TYPE == libc::MAP_PRIVATE;
+    let is_plain = !is_private && protection & libc::PROT_EXEC == 0;
+    if is_file && !objects::may_map(fd, length, offset, is_plain) {
+        fail::<i64>(libc::EINVAL);
+        return libc::MAP_FAILED;
+    }
     // Not the C library's: it may be called before and by whatever finds that.
     // SAFETY: the arguments are the program's own.
     let mapped = unsafe {
@@ -268,7 +275,7 @@ unsafe fn map(
             offset,
         )
     };
-    if mapped == -1 || fd < 0 || flags & libc::MAP_ANONYMOUS != 0 {
+    if mapped == -1 || !is_file {
         return mapped as *mut c_void;
     }
     let protection = ProtFlags::from_bits_retain(protection as u32);

@@ -77,6 +77,14 @@ impl VcpuFd {
         self.vcpu.vm().coalesced.memory().fd().as_raw_fd()
     }
 
+    /// Eptide's own: the pages of the vCPU's file that are its dirty ring. A mapping of them is
+    /// shared and not executable; others are refused where mmap goes through a program's hands.
+    pub fn dirty_ring_pages(&self) -> std::ops::Range<usize> {
+        let first = crate::run_area::DIRTY_RING_PAGE;
+        let bytes = self.vcpu.dirty_ring().map_or(0, |ring| ring.bytes());
+        first..first + bytes / crate::run_area::PAGE
+    }
+
     /// Eptide's own: a handle that ends this vCPU's KVM_RUN.
     pub fn interrupter(&self) -> Interrupter {
         Interrupter(self.vcpu.shared_mailbox())

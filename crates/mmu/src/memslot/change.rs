@@ -143,10 +143,8 @@ fn check_shape(region: &MemoryRegion) -> Result<SlotFlags, SlotError> {
 }
 
 fn check_overlap(slots: &Memslots, id: SlotId, base: Gfn, pages: u64) -> Result<(), SlotError> {
-    let end = base.wrapping_add(pages);
-    let overlap = slots
-        .iter(id.space)
-        .find(|slot| slot.id != id && slot.base < end && slot.gfns().end > base);
+    let gfns = base..base.wrapping_add(pages);
+    let overlap = slots.within(id.space, gfns).find(|slot| slot.id != id);
     match overlap {
         Some(slot) => Err(SlotError::Overlap(slot.id)),
         None => Ok(()),
