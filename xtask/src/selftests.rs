@@ -74,10 +74,12 @@ fn listed() -> Result<Vec<Test>, String> {
     let lines = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
     lines
         .map(|line| {
-            let mut words = line.splitn(3, char::is_whitespace);
+            let mut words = line.splitn(2, ' ');
             let expected = words.next();
-            let seconds = words.next().and_then(|word| word.parse().ok());
-            let command = words.next().map(str::trim);
+            let rest = words.next().map_or("", str::trim_start);
+            let (seconds, command) = rest.split_once(' ').unwrap_or_default();
+            let seconds = seconds.parse().ok();
+            let command = Some(command).filter(|command| !command.is_empty());
             match (expected, seconds, command) {
                 (Some(expected), Some(seconds), Some(command)) => Ok(Test {
                     expected,

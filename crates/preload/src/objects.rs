@@ -216,6 +216,16 @@ pub(crate) fn map_shared_page(
     unsafe { overlay(address + (RING_PAGE - first) * PAGE, protection, ring) }
 }
 
+/// Ends every KVM_RUN.
+pub(crate) fn interrupt_vcpus() {
+    let objects = OBJECTS.read().unwrap_or_else(PoisonError::into_inner);
+    for known in objects.values() {
+        if let Kind::Vcpu(vcpu) = &known.kind {
+            vcpu.interrupter().interrupt();
+        }
+    }
+}
+
 /// Counts forks from now on.
 fn count_forks() {
     extern "C" fn forked() {

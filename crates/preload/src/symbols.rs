@@ -148,17 +148,53 @@ fn store<T>(buffer: *mut T, value: T) -> Result<c_int, i32> {
 ///
 /// As of the C library's.
 #[unsafe(no_mangle)]
-pub(crate) unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int {
+pub(crate) unsafe extern "C-unwind" fn ioctl(
+    fd: c_int,
+    request: c_ulong,
+    argument: *mut c_void,
+) -> c_int {
     /// The type of KVM's requests.
     const KVMIO: u32 = 0xae;
     // Musl passes an int, which may be sign-extended; the kernel looks at 32 bits.
     let number = request as u32;
     if number >> 8 & 0xff == KVMIO
-        && let Some(result) = objects::ioctl(fd, number, argument as u64)
+        && let Some(result) = without_cancellation(|| objects::ioctl(fd, number, argument as u64))
     {
         return answer(result);
     }
     next!(ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int)
+}
+
+unsafe extern "C-unwind" {
+    fn pthread_setcanceltype(kind: c_int, old: *mut c_int) -> c_int;
+}
+
+/// Calls a function in whose middle the thread cannot be cancelled, even if the program says that
+/// it may be at any moment. It is afterwards: this may not return then.
+fn without_cancellation<R: Copy>(function: impl FnOnce() -> R) -> R {
+    const DEFERRED: c_int = 0;
+    let mut kind = DEFERRED;
+    // SAFETY: `kind` is the caller's own.
+    unsafe { pthread_setcanceltype(DEFERRED, &mut kind) };
+    let result = function();
+    if kind != DEFERRED {
+        // SAFETY: as above. If this unwinds there is nothing to be dropped.
+        unsafe { pthread_setcanceltype(kind, &mut kind) };
+    }
+    result
+}
+
+/// `pthread_cancel`.
+///
+/// # Safety
+///
+/// As of the C library's.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn pthread_cancel(thread: libc::pthread_t) -> c_int {
+    let result = next!(pthread_cancel(thread: libc::pthread_t) -> c_int);
+    // The thread may be in a KVM_RUN, and is cancelled when that has ended.
+    objects::interrupt_vcpus();
+    result
 }
 
 /// System calls after which a descriptor's number may mean something else. Not the C library's
@@ -259,7 +295,7 @@ unsafe fn map(
     let is_private = flags & libc::MAP_TYPE == libc::MAP_PRIVATE;
     let is_plain = !is_private && protection & libc::PROT_EXEC == 0;
     if is_file && !objects::may_map(fd, length, offset, is_plain) {
-        fail::<i64>(libc::EINVAL);
+        fail::<c_int>(libc::EINVAL);
         return libc::MAP_FAILED;
     }
     // Not the C library's: it may be called before and by whatever finds that.
