@@ -40,6 +40,11 @@ fn machine() -> (Kvm, VmFd, VcpuFd) {
 fn machine_with(code: &[u8]) -> (Kvm, VmFd, VcpuFd) {
     let kvm = Kvm::new().unwrap();
     let vm = kvm.create_vm().unwrap();
+    machine_in(kvm, vm, code)
+}
+
+/// The same in a VM.
+fn machine_in(kvm: Kvm, vm: VmFd, code: &[u8]) -> (Kvm, VmFd, VcpuFd) {
     // SAFETY: a new mapping at an address the kernel chooses, which stays.
     let memory = unsafe {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -237,4 +242,85 @@ fn a_handler_ends_a_run_as_soon_as_it_is_installed() {
         }
     });
     assert_eq!(vcpu.run().unwrap_err().errno(), libc::EINTR);
+}
+
+#[test]
+fn a_dirty_ring_is_mapped_shared() {
+    if again("a_dirty_ring_is_mapped_shared") {
+        return;
+    }
+    const RING: libc::off_t = kvm_bindings::KVM_DIRTY_LOG_PAGE_OFFSET as libc::off_t * 4096;
+    let vm = Kvm::new().unwrap().create_vm().unwrap();
+    let mut rings = kvm_bindings::kvm_enable_cap {
+        cap: kvm_bindings::KVM_CAP_DIRTY_LOG_RING,
+        ..Default::default()
+    };
+    rings.args[0] = 1 << 16;
+    vm.enable_cap(&rings).unwrap();
+    let vcpu = vm.create_vcpu(0).unwrap();
+    let map = |flags, protection, offset| {
+        let fd = vcpu.as_raw_fd();
+        // SAFETY: a new mapping at an address the kernel chooses, which stays.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), 4096, protection, flags, fd, offset) };
+        at != libc::MAP_FAILED
+    };
+    let (plain, code) = (libc::PROT_READ | libc::PROT_WRITE, libc::PROT_EXEC);
+    assert!(map(libc::MAP_SHARED, plain, RING));
+    assert!(!map(libc::MAP_PRIVATE, plain, RING));
+    assert!(!map(libc::MAP_SHARED, libc::PROT_READ | code, RING + 4096));
+    assert!(
+        map(libc::MAP_PRIVATE, plain, RING - 4096),
+        "before the ring"
+    );
+    assert!(map(libc::MAP_PRIVATE, plain, RING + (1 << 16)), "behind it");
+}
+
+/// `pthread_cancel` of a thread in KVM_RUN that says it may be cancelled at any moment.
+#[test]
+fn a_thread_in_a_run_is_cancelled() {
+    if again("a_thread_in_a_run_is_cancelled") {
+        return;
+    }
+    const ASYNCHRONOUS: libc::c_int = 1;
+    type Start = unsafe extern "C-unwind" fn(*mut libc::c_void) -> *mut libc::c_void;
+    // As the C library has them: cancelling unwinds the stack.
+    unsafe extern "C-unwind" {
+        fn ioctl(fd: libc::c_int, request: libc::c_ulong, argument: usize) -> libc::c_int;
+        fn pthread_setcanceltype(kind: libc::c_int, old: *mut libc::c_int) -> libc::c_int;
+        fn pthread_cancel(thread: libc::pthread_t) -> libc::c_int;
+        fn pthread_create(
+            thread: *mut libc::pthread_t,
+            attributes: *const libc::pthread_attr_t,
+            start: Start,
+            argument: *mut libc::c_void,
+        ) -> libc::c_int;
+    }
+    unsafe extern "C-unwind" fn run(vcpu: *mut libc::c_void) -> *mut libc::c_void {
+        let mut old = 0;
+        // SAFETY: no frame of this thread has anything to drop.
+        unsafe {
+            pthread_setcanceltype(ASYNCHRONOUS, &mut old);
+            ioctl(vcpu as libc::c_int, RUN.into(), 0);
+        }
+        std::ptr::null_mut()
+    }
+    // A jump to itself, and a halt without interrupts.
+    for code in [&[0xeb, 0xfe][..], &[0xf4]] {
+        let kvm = Kvm::new().unwrap();
+        let vm = kvm.create_vm().unwrap();
+        vm.create_irq_chip().unwrap();
+        let (_kvm, _vm, vcpu) = machine_in(kvm, vm, code);
+        let mut thread = 0;
+        let mut ended_with = std::ptr::null_mut();
+        // SAFETY: the thread is joined before anything of it goes away.
+        unsafe {
+            let vcpu = vcpu.as_raw_fd() as *mut libc::c_void;
+            assert_eq!(pthread_create(&mut thread, std::ptr::null(), run, vcpu), 0);
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            assert_eq!(pthread_cancel(thread), 0);
+            assert_eq!(libc::pthread_join(thread, &mut ended_with), 0);
+        }
+        // PTHREAD_CANCELED.
+        assert_eq!(ended_with as isize, -1);
+    }
 }
