@@ -169,6 +169,16 @@ pub const VMX_TRUE_ENTRY_CTLS: u32 = 0x490;
 pub const VMX_VMFUNC: u32 = 0x491;
 /// Debug store area.
 pub const DS_AREA: u32 = 0x600;
+/// Units of the energy counters.
+pub const RAPL_POWER_UNIT: u32 = 0x606;
+/// Energy that the package used.
+pub const PKG_ENERGY_STATUS: u32 = 0x611;
+/// Energy that the memory used.
+pub const DRAM_ENERGY_STATUS: u32 = 0x619;
+/// Energy that the cores used.
+pub const PP0_ENERGY_STATUS: u32 = 0x639;
+/// Energy that the graphics used.
+pub const PP1_ENERGY_STATUS: u32 = 0x641;
 /// TSC deadline of the APIC timer.
 pub const TSC_DEADLINE: u32 = 0x6e0;
 /// Supervisor protection-key rights.
@@ -227,8 +237,14 @@ pub const K7_HWCR: u32 = 0xc001_0015;
 pub const AMD64_NB_CFG: u32 = 0xc001_001f;
 /// Microcode patch loader (AMD).
 pub const AMD64_PATCH_LOADER: u32 = 0xc001_0020;
+/// Interrupt-pending message (AMD).
+pub const K8_INT_PENDING_MSG: u32 = 0xc001_0055;
 /// MMIO configuration base (AMD).
 pub const FAM10H_MMIO_CONF_BASE: u32 = 0xc001_0058;
+/// Base of the protected memory of system-management mode (AMD); its mask follows.
+pub const K8_TSEG_ADDR: u32 = 0xc001_0112;
+/// Mask of the protected memory of system-management mode (AMD).
+pub const K8_TSEG_MASK: u32 = 0xc001_0113;
 /// SVM control (AMD).
 pub const VM_CR: u32 = 0xc001_0114;
 /// SVM host save area (AMD).
@@ -245,6 +261,8 @@ pub const AMD64_DC_CFG: u32 = 0xc001_1022;
 pub const AMD64_DE_CFG: u32 = 0xc001_1029;
 /// Bus-unit configuration (AMD).
 pub const AMD64_BU_CFG2: u32 = 0xc001_102a;
+/// Execution-unit configuration (AMD).
+pub const F15H_EX_CFG: u32 = 0xc001_102c;
 
 /// Bits of [`APIC_BASE`].
 pub mod apic_base {

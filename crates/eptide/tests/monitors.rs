@@ -72,7 +72,7 @@ boots! {
     the_microvm_boots(On, 1) ["-M", "microvm", "-cpu", "host"];
     a_split_irqchip_boots(On, 2) ["-M", "q35,kernel-irqchip=split", "-cpu", INTEL, "-smp", "2"];
     controllers_in_user_space_boot(On, 1) ["-M", "pc,kernel-irqchip=off", "-cpu", "host"];
-    an_old_processor_boots(On, 1) ["-M", "pc", "-cpu", "kvm64"];
+    an_old_processor_boots(On, 1) ["-M", "pc", "-cpu", "qemu64"];
 }
 
 /// QEMU's monitor, on a socket.

@@ -215,6 +215,11 @@ static TABLE: &[Row] = &[
         h::read_mce_bank,
         h::write_mce_bank,
     ),
+    one(msr::RAPL_POWER_UNIT, No, h::read_zero, h::reject),
+    one(msr::PKG_ENERGY_STATUS, No, h::read_zero, h::reject),
+    one(msr::DRAM_ENERGY_STATUS, No, h::read_zero, h::reject),
+    one(msr::PP0_ENERGY_STATUS, No, h::read_zero, h::reject),
+    one(msr::PP1_ENERGY_STATUS, No, h::read_zero, h::reject),
     one(
         msr::TSC_DEADLINE,
         State,
@@ -291,11 +296,19 @@ static TABLE: &[Row] = &[
     one(msr::K7_HWCR, State, h::read_stored, h::write_hwcr),
     one(msr::AMD64_NB_CFG, No, h::read_zero, h::ignore),
     one(msr::AMD64_PATCH_LOADER, No, h::write_only, h::ignore),
+    one(msr::K8_INT_PENDING_MSG, No, h::read_zero, h::reject),
     one(
         msr::FAM10H_MMIO_CONF_BASE,
         No,
         h::read_zero,
         h::write_zero_only,
+    ),
+    row(
+        msr::K8_TSEG_ADDR,
+        msr::K8_TSEG_MASK,
+        No,
+        h::read_zero,
+        h::reject,
     ),
     one(msr::VM_HSAVE_PA, No, h::read_zero, h::ignore),
     row(
@@ -309,6 +322,7 @@ static TABLE: &[Row] = &[
     one(msr::AMD64_DC_CFG, No, h::read_zero, h::ignore),
     one(msr::AMD64_DE_CFG, No, h::read_stored, h::write_stored),
     one(msr::AMD64_BU_CFG2, No, h::read_zero, h::ignore),
+    one(msr::F15H_EX_CFG, No, h::read_zero, h::ignore),
 ];
 
 /// Registers that the processor holds and the guest reads (and writes) without an exit.
