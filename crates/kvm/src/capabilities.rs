@@ -204,11 +204,13 @@ pub(crate) fn enable(vm: &Vm, request: &kvm_enable_cap) -> Result<()> {
         }
         KVM_CAP_MAX_VCPU_ID => {
             // Set once, before there are vCPUs; the same again changes nothing.
-            let current = vm.settings().max_vcpu_id;
-            if current == Some(value as u32) {
+            let settings = vm.settings();
+            if settings.max_vcpu_id.map(u64::from) == Some(value) {
                 return Ok(());
             }
-            if value == 0 || value > MAX_VCPU_ID as u64 || vm.has_vcpus() || current.is_some() {
+            let is_open = !vm.has_vcpus() && settings.max_vcpu_id.is_none();
+            let least = settings.boot_vcpu.max(1) as u64;
+            if !is_open || !(least..=MAX_VCPU_ID as u64).contains(&value) {
                 return fail(libc::EINVAL);
             }
             vm.update_settings(|s| s.max_vcpu_id = Some(value as u32));

@@ -299,6 +299,8 @@ pub struct Dynamic {
     pub misc_enable: u64,
     /// MWAIT shows as IA32_MISC_ENABLE has it.
     pub mwait_follows: bool,
+    /// Halts do not exit: no other vCPU can end them by a hypercall.
+    pub halts_in_guest: bool,
 }
 
 /// The CPUID that user space gave a vCPU.
@@ -411,7 +413,7 @@ impl Table {
         if let Some(found) = self.find(function, index) {
             let output = Output([found.eax, found.ebx, found.ecx, found.edx]);
             return match function {
-                1 | 7 | 0xd | 0x8000_0001 => apply_dynamic(function, index, output, &dynamic()),
+                1 | 7 | 0xd | KVM_FEATURES | 0x8000_0001 => apply_dynamic(function, index, output, &dynamic()),
                 _ => output,
             };
         }
@@ -472,6 +474,7 @@ fn apply_dynamic(function: u32, index: u32, mut output: Output, dynamic: &Dynami
         (7, 0) => set(&mut output, Feature::OSPKE, dynamic.cr4.contains(Cr4::PKE)),
         (0xd, 0) => output.0[1] = xsave_size(dynamic.xcr0),
         (0xd, 1) if output.0[0] & 0b1010 != 0 => output.0[1] = xsave_size(dynamic.xcr0),
+        (KVM_FEATURES, _) if dynamic.halts_in_guest => output.0[0] &= !pv::PV_UNHALT,
         (0x8000_0001, _) if dynamic.misc_enable & misc_enable::XD_DISABLE != 0 => {
             set(&mut output, Feature::NX, false);
         }
@@ -491,6 +494,7 @@ mod tests {
             apic_base: 0,
             misc_enable: 0,
             mwait_follows: false,
+            halts_in_guest: false,
         }
     }
 

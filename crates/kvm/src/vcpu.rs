@@ -455,6 +455,7 @@ impl Core {
             apic_base: vcpu.apic_base(self),
             misc_enable: self.msrs.get(msr::MISC_ENABLE),
             mwait_follows: vcpu.vm().cpuid_follows_misc_enable(),
+            halts_in_guest: vcpu.vm().settings().halts_in_guest,
         }
     }
 

@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// The greatest number of vCPUs of a VM.
-pub(crate) const MAX_VCPUS: usize = 64;
+pub(crate) const MAX_VCPUS: usize = 1024;
 /// One more than the highest vCPU ID.
 pub(crate) const MAX_VCPU_ID: u32 = 1024;
 /// One more than the highest slot number.

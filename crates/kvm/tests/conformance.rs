@@ -19,6 +19,10 @@ fn msrs(entries: &[(u32, u64)]) -> Msrs {
     Msrs::from_entries(&entries).unwrap()
 }
 
+fn errno<T: std::fmt::Debug>(result: Result<T, kvm::Error>) -> i32 {
+    result.unwrap_err().errno()
+}
+
 /// Writes an MSR; whether that was allowed.
 fn set_msr(vcpu: &VcpuFd, index: u32, value: u64) -> bool {
     vcpu.set_msrs(&msrs(&[(index, value)])).unwrap() == 1
@@ -120,11 +124,15 @@ fn a_changed_count_limits_what_is_completed() {
 fn the_greatest_id_is_set_once() {
     let vm = system().create_vm().unwrap();
     assert_eq!(enable(&vm, KVM_CAP_MAX_VCPU_ID, 1 << 20), Err(libc::EINVAL));
+    vm.set_boot_cpu_id(2).unwrap();
+    assert_eq!(enable(&vm, KVM_CAP_MAX_VCPU_ID, 1), Err(libc::EINVAL));
     enable(&vm, KVM_CAP_MAX_VCPU_ID, 3).unwrap();
     enable(&vm, KVM_CAP_MAX_VCPU_ID, 3).unwrap();
+    assert_eq!(errno(vm.set_boot_cpu_id(4)), libc::EINVAL);
     assert_eq!(enable(&vm, KVM_CAP_MAX_VCPU_ID, 4), Err(libc::EINVAL));
-    assert_eq!(vm.create_vcpu(3).unwrap_err().errno(), libc::EINVAL);
+    assert_eq!(errno(vm.create_vcpu(3)), libc::EINVAL);
     vm.create_vcpu(2).unwrap();
+    assert_eq!(errno(vm.set_boot_cpu_id(2)), libc::EBUSY);
 }
 
 /// KVM_GET_CPUID2 gives what the guest is shown, and what it gives may be set again later.
@@ -175,6 +183,26 @@ fn the_cpuid_of_a_vcpu_is_what_its_guest_sees() {
     leaf.unwrap().ebx ^= 1;
     let error = machine.vcpu().set_cpuid2(&other).unwrap_err();
     assert_eq!(error.errno(), libc::EINVAL);
+}
+
+/// A vCPU whose halts do not exit cannot be woken by a hypercall.
+#[test]
+fn kicks_are_not_shown_where_halts_stay_inside() {
+    let kvm = system();
+    for stays in [false, true] {
+        let vm = kvm.create_vm().unwrap();
+        if stays {
+            let halts = KVM_X86_DISABLE_EXITS_HLT as u64;
+            enable(&vm, KVM_CAP_X86_DISABLE_EXITS, halts).unwrap();
+        }
+        let vcpu = vm.create_vcpu(0).unwrap();
+        vcpu.set_cpuid2(&kvm.get_supported_cpuid(256).unwrap())
+            .unwrap();
+        let shown = vcpu.get_cpuid2(256).unwrap();
+        let leaf = |e: &&kvm_cpuid_entry2| e.function == 0x4000_0001;
+        let features = shown.as_slice().iter().find(leaf).unwrap().eax;
+        assert_eq!(features >> 7 & 1 == 0, stays, "KVM_FEATURE_PV_UNHALT");
+    }
 }
 
 /// MONITOR and MWAIT do nothing, unless it is asked that they follow CPUID; and CPUID follows

@@ -7,7 +7,7 @@ use crate::mailbox::Request;
 use crate::msr_filter::{MsrFilter, Range};
 use crate::run_area::RUN_SIZE;
 use crate::traps::{ACCESS_TRAP_EXECUTION, AccessBytes};
-use crate::vm::{Vm, slot_number};
+use crate::vm::{MAX_VCPU_ID, Vm, slot_number};
 use arch::addr::Gfn;
 use bitflags::bitflags;
 use kvm_bindings::*;
@@ -351,6 +351,9 @@ impl VmFd {
     pub fn set_boot_cpu_id(&self, id: u32) -> Result<()> {
         if self.vm.has_vcpus() {
             return fail(libc::EBUSY);
+        }
+        if id > self.vm.settings().max_vcpu_id.unwrap_or(MAX_VCPU_ID) {
+            return fail(libc::EINVAL);
         }
         self.vm.update_settings(|settings| settings.boot_vcpu = id);
         Ok(())
