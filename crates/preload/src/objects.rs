@@ -35,6 +35,8 @@ struct Known {
     file: OwnedFd,
     /// The process it belongs to: how often its ancestors had forked.
     process: u32,
+    /// What the kernel calls the watch over the file.
+    watch: Option<i32>,
 }
 
 /// A file's device and inode.
@@ -109,9 +111,9 @@ fn publish(kind: Kind, file: BorrowedFd<'_>, flags: OFlags) -> Result<RawFd, i32
     let own = reopen(file, OFlags::CLOEXEC)?;
     let given = reopen(file, flags)?;
     let identity = identity(own.as_fd()).ok_or(libc::EBADF)?;
-    watch(own.as_fd());
     let known = Known {
         kind,
+        watch: watch(own.as_fd()),
         file: own,
         process: PROCESS.load(Ordering::Relaxed),
     };
@@ -204,7 +206,7 @@ pub(crate) fn map_shared_page(
         return Ok(());
     };
     let mut mappings = MAPPINGS.write().unwrap_or_else(PoisonError::into_inner);
-    mappings.push(address);
+    mappings.extend(identity(known.file.as_fd()).map(|vcpu| (address, vcpu)));
     drop(mappings);
     let first = offset as usize / PAGE;
     if !(first..first + length.div_ceil(PAGE)).contains(&RING_PAGE) {
@@ -238,8 +240,9 @@ fn count_forks() {
     });
 }
 
-/// Watches a file for the program's last reference.
-fn watch(file: BorrowedFd<'_>) {
+/// Watches a file for the program's last reference. Without that its object stays until the program
+/// ends.
+fn watch(file: BorrowedFd<'_>) -> Option<i32> {
     static WATCH: OnceLock<Option<RawFd>> = OnceLock::new();
     let watch = *WATCH.get_or_init(|| {
         let watch = inotify::init(CreateFlags::CLOEXEC).ok()?.into_raw_fd();
@@ -248,13 +251,10 @@ fn watch(file: BorrowedFd<'_>) {
         kvm::helpers::spawn("kvm-close", move || serve(watched)).ok()?;
         Some(watch)
     });
-    // Without it objects stay until the program ends.
-    if let Some(watch) = watch {
-        // SAFETY: as above.
-        let watch = unsafe { BorrowedFd::borrow_raw(watch) };
-        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let _ = inotify::add_watch(watch, path, WatchFlags::CLOSE);
-    }
+    // SAFETY: as above.
+    let watch = unsafe { BorrowedFd::borrow_raw(watch?) };
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    inotify::add_watch(watch, path, WatchFlags::CLOSE).ok()
 }
 
 /// Drops objects as the kernel tells that their files were closed.
@@ -263,22 +263,28 @@ fn serve(watch: BorrowedFd<'_>) {
     let mut events = inotify::Reader::new(watch, &mut buffer);
     loop {
         match events.next() {
-            Ok(_) => reap(),
+            Ok(event) => {
+                // Of none in particular: some were lost.
+                let is_any = event.wd() < 0;
+                reap(|_, known| is_any || known.watch == Some(event.wd()));
+            }
             Err(rustix::io::Errno::INTR) => {}
             Err(_) => return,
         }
     }
 }
 
-/// Drops objects that the program has let go of.
-fn reap() {
+/// Drops objects, of those that are asked about, that the program has let go of.
+fn reap(is_asked: impl Fn(&Identity, &Known) -> bool) {
     // Whoever comes second waits for what the first is at: a closed VM is gone.
     static TURN: Mutex<()> = Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let process = PROCESS.load(Ordering::Relaxed);
     let mut objects = OBJECTS.write().unwrap_or_else(PoisonError::into_inner);
     let is_over = |known: &Known| known.process == process && !is_open_elsewhere(&known.file);
-    let ended: Vec<_> = objects.extract_if(|_, known| is_over(known)).collect();
+    let ended: Vec<_> = objects
+        .extract_if(|identity, known| is_asked(identity, known) && is_over(known))
+        .collect();
     drop(objects);
     // Not under the lock: a VM's end waits for its threads.
     drop(ended);
@@ -287,37 +293,31 @@ fn reap() {
 /// Closes a descriptor. An object that was the program's no more after that is gone, as in the
 /// kernel, when this returns.
 pub(crate) fn close(fd: RawFd, close: impl FnOnce() -> libc::c_int) -> libc::c_int {
-    let is_object = is_object(fd);
+    let object = object_of(fd);
     renumbered();
     let result = close();
     renumbered();
-    if is_object {
-        reap();
+    if let Some(object) = object {
+        reap(|identity, _| *identity == object);
     }
     result
 }
 
-/// Whether a descriptor is an object's of this process; no for one that cannot be told now, in a
+/// A descriptor's object, if it is one of this process; none where it cannot be told now, in a
 /// signal's handler or after a fork.
-fn is_object(fd: RawFd) -> bool {
+fn object_of(fd: RawFd) -> Option<Identity> {
     if fd < 0 || !IS_USED.load(Ordering::Relaxed) {
-        return false;
+        return None;
     }
     // SAFETY: the descriptor is used for one call, which fails if it is not open.
-    let Some(identity) = identity(unsafe { BorrowedFd::borrow_raw(fd) }) else {
-        return false;
-    };
-    let Ok(objects) = OBJECTS.try_read() else {
-        return false;
-    };
-    let process = PROCESS.load(Ordering::Relaxed);
-    objects
-        .get(&identity)
-        .is_some_and(|known| known.process == process)
+    let identity = identity(unsafe { BorrowedFd::borrow_raw(fd) })?;
+    let objects = OBJECTS.try_read().ok()?;
+    let known = objects.get(&identity)?;
+    (known.process == PROCESS.load(Ordering::Relaxed)).then_some(identity)
 }
 
-/// Addresses at which the program has mapped vCPUs' files: a mapping may be its last reference.
-static MAPPINGS: RwLock<Vec<usize>> = RwLock::new(Vec::new());
+/// Where the program has mapped which vCPU's file: a mapping may be its last reference.
+static MAPPINGS: RwLock<Vec<(usize, Identity)>> = RwLock::new(Vec::new());
 
 /// Removes mappings, as [`close`] closes.
 pub(crate) fn unmap(
@@ -329,13 +329,15 @@ pub(crate) fn unmap(
     let is_vcpu = IS_USED.load(Ordering::Relaxed)
         && MAPPINGS
             .try_read()
-            .is_ok_and(|mappings| mappings.iter().any(|at| range.contains(at)));
+            .is_ok_and(|mappings| mappings.iter().any(|(at, _)| range.contains(at)));
     let result = unmap();
     if is_vcpu && result == 0 {
         let mut mappings = MAPPINGS.write().unwrap_or_else(PoisonError::into_inner);
-        mappings.retain(|at| !range.contains(at));
+        let vcpus: Vec<_> = mappings
+            .extract_if(.., |(at, _)| range.contains(at))
+            .collect();
         drop(mappings);
-        reap();
+        reap(|identity, _| vcpus.iter().any(|(_, vcpu)| vcpu == identity));
     }
     result
 }
