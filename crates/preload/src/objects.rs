@@ -124,9 +124,13 @@ fn publish(kind: Kind, file: BorrowedFd<'_>, flags: OFlags) -> Result<RawFd, i32
     Ok(given.into_raw_fd())
 }
 
-/// Opens `/dev/kvm`.
+/// Opens `/dev/kvm`. A child of a process that had it open cannot: the threads that VMs need did
+/// not come with the fork.
 pub(crate) fn open(flags: libc::c_int) -> Result<libc::c_int, i32> {
     guarded(|| {
+        if PROCESS.load(Ordering::Relaxed) != 0 {
+            return Err(libc::EIO);
+        }
         count_forks();
         let kvm = Kvm::new().map_err(|error| error.errno())?;
         let file = rustix::fs::memfd_create("kvm", MemfdFlags::CLOEXEC).map_err(errno)?;

@@ -210,7 +210,8 @@ fn a_forks_child_has_no_part_in_a_vm() {
     if child == 0 {
         let fails = ioctl(kvm.as_raw_fd(), GET_API_VERSION, 0) == Err(libc::EIO)
             && ioctl(vm.as_raw_fd(), CREATE_VCPU, 1) == Err(libc::EIO)
-            && ioctl(vcpu.as_raw_fd(), RUN, 0) == Err(libc::EIO);
+            && ioctl(vcpu.as_raw_fd(), RUN, 0) == Err(libc::EIO)
+            && Kvm::new().is_err_and(|error| error.errno() == libc::EIO);
         // SAFETY: ends the process.
         unsafe { libc::_exit(i32::from(!fails)) };
     }
