@@ -413,7 +413,9 @@ impl Table {
         if let Some(found) = self.find(function, index) {
             let output = Output([found.eax, found.ebx, found.ecx, found.edx]);
             return match function {
-                1 | 7 | 0xd | KVM_FEATURES | 0x8000_0001 => apply_dynamic(function, index, output, &dynamic()),
+                1 | 7 | 0xd | KVM_FEATURES | 0x8000_0001 => {
+                    apply_dynamic(function, index, output, &dynamic())
+                }
                 _ => output,
             };
         }
