@@ -58,6 +58,8 @@ bitflags! {
         const UNHALT = 1 << 16;
         /// The guest accessed the TPR and user space wants to know.
         const TPR_ACCESS = 1 << 18;
+        /// Somebody outside may have written code: what is cached of it is compared with memory.
+        const CODE = 1 << 19;
         /// Execution traps changed: what runs now must be checked against them.
         const TRAPS_CHANGED = 1 << 15;
     }
@@ -105,6 +107,14 @@ impl Mailbox {
     pub fn post(&self, request: Request) {
         self.requests.fetch_or(request.bits(), Ordering::SeqCst);
         self.kick();
+    }
+
+    /// Posts `request` for a vCPU that runs, and for the next time that one does which sleeps.
+    pub fn post_quietly(&self, request: Request) {
+        let before = self.requests.fetch_or(request.bits(), Ordering::SeqCst);
+        if before & request.bits() != request.bits() {
+            self.kick.kick();
+        }
     }
 
     /// Posts `request` from the vCPU's own thread, which will look before it enters.

@@ -42,6 +42,8 @@ mod halts;
 mod paravirtual;
 #[path = "processors.rs"]
 mod processors;
+#[path = "rewritten.rs"]
+mod rewritten;
 #[path = "signals.rs"]
 mod signals;
 #[path = "smm.rs"]

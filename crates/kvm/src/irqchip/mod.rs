@@ -146,8 +146,18 @@ impl IrqChip {
         self.routing.load()
     }
 
+    /// A device outside has something to tell. It may have written code that vCPUs have run and go
+    /// on running: a processor would see that at once, here it is looked for before the interrupt
+    /// is taken.
+    fn memory_may_have_changed(&self) {
+        for apic in self.apics.all().iter() {
+            apic.mailbox().post_quietly(Request::CODE);
+        }
+    }
+
     /// Sends a message-signalled interrupt.
     pub fn send_msi(&self, address: u64, data: u32) -> Delivery {
+        self.memory_may_have_changed();
         let wide = self.wide.load(Ordering::Relaxed);
         self.apics
             .deliver(&Message::from_msi(address, data, wide), None)
@@ -167,6 +177,9 @@ impl IrqChip {
 
     /// Drives the line of `gsi` on behalf of `source`.
     pub fn set_line(&self, gsi: u32, source: LineSource, high: bool) -> Delivery {
+        if high && source != LineSource::Pit {
+            self.memory_may_have_changed();
+        }
         let routing = self.routing.load();
         let mut delivery = Delivery::Ignored;
         let mut chips = self.lock();

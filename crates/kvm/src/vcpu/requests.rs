@@ -20,6 +20,9 @@ impl Core {
         if mailbox.take(Request::VM_DEAD) {
             return Outcome::Fail(libc::EIO);
         }
+        if mailbox.take(Request::CODE) {
+            self.cpu.entered_from_user();
+        }
         if mailbox.take(Request::EVENT | Request::TIMER) {
             self.look_for_events = true;
         }
