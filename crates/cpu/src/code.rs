@@ -146,6 +146,8 @@ pub(crate) struct CodeCache {
     )]
     dropped: Vec<Box<Block>>,
     ops: usize,
+    /// Counts what makes blocks be checked: for all of them, and for those of a page.
+    clock: u64,
     epoch: u64,
     /// Changes whenever cached jumps are no longer good.
     generation: u64,
@@ -170,6 +172,7 @@ impl CodeCache {
                 .unwrap_or_else(|_| unreachable!()),
             dropped: Vec::new(),
             ops: 0,
+            clock: 1,
             epoch: 1,
             generation: 0,
             rechecks: 0,
@@ -278,7 +281,8 @@ impl CodeCache {
 
     /// The program that owns guest memory had control: check each block before its next use.
     pub(crate) fn memory_may_have_changed(&mut self) {
-        self.epoch += 1;
+        self.clock += 1;
+        self.epoch = self.clock;
         self.generation += 1;
         self.rechecks += 1;
     }
@@ -310,9 +314,9 @@ impl CodeCache {
 
     /// A page was newly mapped for fetching: check its blocks before their next use.
     pub(crate) fn page_mapped(&mut self, page: u64) {
-        let epoch = self.epoch;
         if let Some(page) = self.pages.get_mut(&page) {
-            page.epoch = epoch.max(page.epoch) + 1;
+            self.clock += 1;
+            page.epoch = self.clock;
         }
     }
 
