@@ -149,6 +149,7 @@ fn implicit_accesses_to_user_pages_are_refused() {
 #[test]
 fn locked_writes_to_tables_lose_nothing() {
     const ROUNDS: i32 = 20_000;
+    const TOGGLES: u64 = 0x5008;
     let code = assemble(|a| {
         let mut toggler = a.create_label();
         let mut again = a.create_label();
@@ -170,6 +171,10 @@ fn locked_writes_to_tables_lose_nothing() {
         a.jnc(lost)?;
         a.dec(ecx)?;
         a.jnz(again)?;
+        // On a busy machine the other vCPU may only have begun.
+        a.mov(ecx, ROUNDS)?;
+        a.cmp(qword_ptr(TOGGLES), 1000)?;
+        a.jbe(again)?;
         a.out(0x80, al)?;
         a.set_label(&mut lost)?;
         a.out(0x81, al)?;
@@ -185,6 +190,7 @@ fn locked_writes_to_tables_lose_nothing() {
         a.lock().cmpxchg(qword_ptr(rbx), rdx)?;
         a.mov(rax, qword_ptr(rbx))?;
         a.inc(rcx)?;
+        a.mov(qword_ptr(TOGGLES), rcx)?;
         a.jmp(toggle)
     });
     let machine = Machine::new_in(with_ept(false), Irqchip::None, 2, &code);

@@ -267,7 +267,7 @@ fn a_restored_handler_is_the_one_that_was_saved() {
     run(&mut machine);
     assert_eq!(HANDLED.with(Cell::get), 1);
     let saved = install(signal, &disposition(second, 0));
-    std::thread::sleep(Duration::from_millis(20));
+    wait_for_cover(signal, second);
     run(&mut machine);
     assert_eq!(
         (HANDLED.with(Cell::get), SECOND.load(Ordering::SeqCst)),
@@ -279,6 +279,23 @@ fn a_restored_handler_is_the_one_that_was_saved() {
         (HANDLED.with(Cell::get), SECOND.load(Ordering::SeqCst)),
         (2, 1)
     );
+}
+
+/// Waits until a handler that was installed between two runs is covered, which on a busy machine
+/// takes more than the usual milliseconds. In KVM there is nothing to wait for.
+fn wait_for_cover(signal: i32, handler: extern "C" fn(libc::c_int)) {
+    let start = Instant::now();
+    let is_covered = || {
+        // SAFETY: only reads, into a valid disposition.
+        unsafe {
+            let mut found: libc::sigaction = std::mem::zeroed();
+            assert_eq!(libc::sigaction(signal, std::ptr::null(), &mut found), 0);
+            found.sa_sigaction != handler as *const () as usize
+        }
+    };
+    while !is_covered() && start.elapsed() < Duration::from_secs(2) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 fn rounds_of<F: Fn() -> u64>(rounds: &F) -> impl Fn() -> u64 + '_ {
