@@ -51,6 +51,10 @@ pub(crate) trait Raw: AsRawFd {
         self.raw(REQUEST, std::ptr::from_ref(mce) as u64).map(drop)
     }
 
+    fn set_boot_cpu_id(&self, id: u32) -> Result<()> {
+        self.raw(request(NONE, 0x78, 0), id.into()).map(drop)
+    }
+
     fn interrupt(&self, irq: u32) -> Result<()> {
         const REQUEST: u64 = request(WRITE, 0x86, size_of::<kvm_interrupt>());
         let interrupt = kvm_interrupt { irq };
