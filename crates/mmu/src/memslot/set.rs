@@ -227,6 +227,7 @@ mod tests {
 
     /// Thousands of slots come, move and go; a map says what must be found.
     #[test]
+    #[cfg_attr(miri, ignore = "takes hours there, and nothing in this file is unsafe")]
     fn many_slots_are_found_by_frame_and_by_number() {
         let mut slots = Memslots::default();
         let mut bases = BTreeMap::new();
