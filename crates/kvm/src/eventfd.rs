@@ -102,8 +102,7 @@ struct IrqFd {
 
 impl IrqFd {
     fn signalled(&self) {
-        let assigned = self.is_assigned.lock();
-        let assigned = assigned.unwrap_or_else(PoisonError::into_inner);
+        let assigned = self.assigned();
         if !*assigned || !self.event.consume() {
             return;
         }
@@ -116,13 +115,15 @@ impl IrqFd {
             chip.pulse(self.gsi);
         }
     }
-}
 
-impl IrqFd {
+    fn assigned(&self) -> MutexGuard<'_, bool> {
+        let assigned = self.is_assigned.lock();
+        assigned.unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// When this returns, the irqfd raises nothing any more.
     fn unassign(&self) {
-        let assigned = self.is_assigned.lock();
-        *assigned.unwrap_or_else(PoisonError::into_inner) = false;
+        *self.assigned() = false;
     }
 }
 

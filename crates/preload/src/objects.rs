@@ -59,6 +59,15 @@ fn identity(fd: BorrowedFd<'_>) -> Option<Identity> {
     Some((stat.st_dev, stat.st_ino))
 }
 
+/// What a program's number for a descriptor stands for; none while there were no objects.
+fn identity_of(fd: RawFd) -> Option<Identity> {
+    if fd < 0 || !IS_USED.load(Ordering::Relaxed) {
+        return None;
+    }
+    // SAFETY: the descriptor is used for one call, which fails if it is not open.
+    identity(unsafe { BorrowedFd::borrow_raw(fd) })
+}
+
 /// Counts what can change the meaning of a descriptor's number.
 static EPOCH: AtomicU64 = AtomicU64::new(0);
 
@@ -74,7 +83,8 @@ pub(crate) fn renumbered() {
 }
 
 fn find(fd: RawFd) -> Option<Arc<Known>> {
-    if fd < 0 || !IS_USED.load(Ordering::Relaxed) {
+    // Before anything that a program may not be ready for.
+    if !IS_USED.load(Ordering::Relaxed) {
         return None;
     }
     let epoch = EPOCH.load(Ordering::Acquire);
@@ -87,8 +97,7 @@ fn find(fd: RawFd) -> Option<Arc<Known>> {
     if let Ok(Some(known)) = last {
         return Some(known);
     }
-    // SAFETY: the descriptor is used for one call, which fails if it is not open.
-    let identity = identity(unsafe { BorrowedFd::borrow_raw(fd) })?;
+    let identity = identity_of(fd)?;
     let objects = OBJECTS.read().unwrap_or_else(PoisonError::into_inner);
     let known = objects.get(&identity).cloned()?;
     drop(objects);
@@ -310,11 +319,7 @@ pub(crate) fn close(fd: RawFd, close: impl FnOnce() -> libc::c_int) -> libc::c_i
 /// A descriptor's object, if it is one of this process; none where it cannot be told now, in a
 /// signal's handler or after a fork.
 fn object_of(fd: RawFd) -> Option<Identity> {
-    if fd < 0 || !IS_USED.load(Ordering::Relaxed) {
-        return None;
-    }
-    // SAFETY: the descriptor is used for one call, which fails if it is not open.
-    let identity = identity(unsafe { BorrowedFd::borrow_raw(fd) })?;
+    let identity = identity_of(fd)?;
     let objects = OBJECTS.try_read().ok()?;
     let known = objects.get(&identity)?;
     (known.process == PROCESS.load(Ordering::Relaxed)).then_some(identity)

@@ -282,8 +282,13 @@ pub(crate) unsafe extern "C" fn signal(signal: c_int, handler: usize) -> usize {
     old
 }
 
-/// Maps a file; the page that all vCPUs of a VM share into a vCPU's.
-unsafe fn map(
+/// `mmap`: into a vCPU's mapping goes the page that all vCPUs of a VM share.
+///
+/// # Safety
+///
+/// As of the C library's.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn mmap(
     address: *mut c_void,
     length: size_t,
     protection: c_int,
@@ -324,27 +329,23 @@ unsafe fn map(
     mapped as *mut c_void
 }
 
-macro_rules! mmap {
-    ($($name:ident)*) => {
-        $(
-            #[doc = concat!("`", stringify!($name), "`.\n\n# Safety\n\nAs of the C library's.")]
-            #[unsafe(no_mangle)]
-            pub(crate) unsafe extern "C" fn $name(
-                address: *mut c_void,
-                length: size_t,
-                protection: c_int,
-                flags: c_int,
-                fd: c_int,
-                offset: off_t,
-            ) -> *mut c_void {
-                // SAFETY: the arguments are the program's own.
-                unsafe { map(address, length, protection, flags, fd, offset) }
-            }
-        )*
-    };
+/// `mmap64`, which is the same.
+///
+/// # Safety
+///
+/// As of the C library's.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn mmap64(
+    address: *mut c_void,
+    length: size_t,
+    protection: c_int,
+    flags: c_int,
+    fd: c_int,
+    offset: off_t,
+) -> *mut c_void {
+    // SAFETY: the arguments are the program's own.
+    unsafe { mmap(address, length, protection, flags, fd, offset) }
 }
-
-mmap! { mmap mmap64 }
 
 /// Maps a page of `file` over the one at `address`.
 ///
