@@ -5,9 +5,11 @@
 //! sequences that load segments, transfer control far, and save and restore extended state.
 //!
 //! `EPTIDE_ORACLE_CASES` sets the number of cases (100,000 by default), `EPTIDE_ORACLE_SEED` the
-//! first seed. A failure prints the seed that repeats it alone.
+//! first seed (`time` takes another one in each run). A failure prints the seed that repeats it alone.
 #![allow(unreachable_pub, reason = "modules of a test binary")]
 
+#[path = "oracle/choices.rs"]
+mod choices;
 #[path = "oracle/generate.rs"]
 mod generate;
 mod guest;
@@ -21,7 +23,7 @@ mod sequences;
 use arch::exit::ExitReason;
 use eptide_cpu::{ExtendedState, Vcpu};
 use guest::{Guest, Memory};
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::Instruction;
 use native::Trap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -158,101 +160,25 @@ impl Bench {
 /// RFLAGS bits that the comparison looks at.
 const FLAGS: u64 = 0x8d5 | 1 << 10;
 
-/// The one table of what the architecture leaves undefined, beyond the flags that `iced-x86`
-/// lists as undefined for an instruction.
-fn undefined_flags(i: &Instruction) -> u64 {
-    use iced_x86::{Mnemonic as M, RflagsBits as B};
-    let bits = i.rflags_undefined();
-    let mut mask = 0;
-    for (bit, flag) in [
-        (B::OF, 1u64 << 11),
-        (B::SF, 1 << 7),
-        (B::ZF, 1 << 6),
-        (B::AF, 1 << 4),
-        (B::CF, 1),
-        (B::PF, 1 << 2),
-    ] {
-        if bits & bit != 0 {
-            mask |= flag;
-        }
-    }
-    // Shifts by CL: what is undefined depends on the count.
-    if matches!(i.mnemonic(), M::Shl | M::Sal | M::Shr | M::Sar) {
-        mask |= 1 << 11 | 1 << 4;
-    }
-    if matches!(
-        i.mnemonic(),
-        M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
-    ) {
-        mask |= 1 << 11;
-    }
-    if matches!(i.mnemonic(), M::Shld | M::Shrd) {
-        mask |= 1 << 4;
-    }
-    mask
-}
-
-/// Instructions whose result the architecture leaves undefined for this state.
-fn undefined_result(i: &Instruction, state: &State) -> bool {
-    use iced_x86::Mnemonic as M;
-    let count = |imm: bool| {
-        if imm {
-            u64::from(i.immediate8())
-        } else {
-            state.gpr[1] & 0xff
-        }
-    };
-    match i.mnemonic() {
-        M::Shld | M::Shrd => {
-            let imm = i.op_kind(2) != iced_x86::OpKind::Register;
-            i.op_register(1).size() == 2 && count(imm) & 31 > 16
-        }
-        M::Shl | M::Sal | M::Shr | M::Sar => {
-            // CF is undefined for counts past the operand's width.
-            let imm = i.op_kind(1) != iced_x86::OpKind::Register;
-            let size = match i.op_kind(0) {
-                iced_x86::OpKind::Register => i.op_register(0).size(),
-                _ => i.memory_size().size(),
-            };
-            size < 4 && count(imm) & 31 > 8 * size as u64
-        }
-        M::Bswap => i.op_register(0).size() == 2,
-        _ => false,
-    }
-}
-
 struct Failure(String);
 
-fn compare(
-    i: &Instruction,
-    before: &State,
-    native: &(State, Trap),
-    guest: &(State, Trap),
-) -> Result<(), Failure> {
+fn compare(case: &choices::Case<'_>, freedom: &choices::Freedom) -> Result<(), Failure> {
     let fail = |what: String| Err(Failure(what));
-    // Beyond the stack segment and misaligned: which fault comes first is the processor's choice.
-    let both = i.memory_size().size() >= 16 && (native.1.vector, guest.1.vector) == (13, 12);
-    if both {
-        return Ok(());
-    }
-    if native.1.vector != guest.1.vector {
+    let (before, native, guest) = (case.before, case.native, case.guest);
+    if freedom.fault != choices::FaultFreedom::Any && native.1.vector != guest.1.vector {
         return fail(format!(
             "vector: native {:?}, guest {:?}",
             native.1, guest.1
         ));
     }
-    // Which byte of a masked store is named is the processor's choice.
-    let masked = matches!(
-        i.mnemonic(),
-        Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu | Mnemonic::Maskmovq
-    );
-    let unspecified = if masked { 0xfff } else { 0 };
-    let differs = (native.1.address ^ guest.1.address) & !unspecified != 0;
-    if native.1.vector == 14 && differs {
-        return fail(format!("fault address: {:x?} and {:x?}", native.1, guest.1));
-    }
-    if matches!(native.1.vector, 10..=13) && native.1.error != guest.1.error {
-        return fail(format!("error code: {:x?} and {:x?}", native.1, guest.1));
+    if freedom.fault == choices::FaultFreedom::None {
+        let differs = (native.1.address ^ guest.1.address) & !freedom.address != 0;
+        if native.1.vector == 14 && differs {
+            return fail(format!("fault address: {:x?} and {:x?}", native.1, guest.1));
+        }
+        if matches!(native.1.vector, 10..=13) && native.1.error != guest.1.error {
+            return fail(format!("error code: {:x?} and {:x?}", native.1, guest.1));
+        }
     }
     let (n, g) = (&native.0, &guest.0);
     if (n.cs, n.ss) != (g.cs, g.ss) {
@@ -275,7 +201,7 @@ fn compare(
             ));
         }
     }
-    let mask = FLAGS & !undefined_flags(i);
+    let mask = FLAGS & !freedom.flags;
     if native.1.vector == BREAKPOINT && (n.rflags ^ g.rflags) & mask != 0 {
         return fail(format!(
             "flags: native {:#x}, guest {:#x} of {mask:#x}",
@@ -286,7 +212,7 @@ fn compare(
     for range in [0..5, 24..28, 32..416, 576..832] {
         for at in range {
             let padding = (32..160).contains(&at) && at % 16 >= 10;
-            if !padding && n.fpu[at] != g.fpu[at] {
+            if !padding && !freedom.extended.contains(&at) && n.fpu[at] != g.fpu[at] {
                 return fail(format!(
                     "extended state at {at}: native {:02x?}, guest {:02x?}, before {:02x?}",
                     &n.fpu[at & !15..(at & !15) + 16],
@@ -306,6 +232,16 @@ fn setting(name: &str, default: u64) -> u64 {
         .unwrap_or(default)
 }
 
+/// The first case's seed: `time` gives other cases in each run, of which a failure names its own.
+fn first_seed() -> u64 {
+    let name = "EPTIDE_ORACLE_SEED";
+    if std::env::var_os(name).is_some_and(|value| value == "time") {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        return now.map_or(1, |time| time.as_secs() << 20);
+    }
+    setting(name, 1)
+}
+
 /// One of the tests' benches at a time: both sides use fixed addresses.
 fn bench() -> (MutexGuard<'static, ()>, Bench) {
     static ALONE: Mutex<()> = Mutex::new(());
@@ -322,7 +258,7 @@ impl Bench {
         before: &State,
         code: &[u8],
         data: &[u8],
-        difference: impl Fn(&Trap, &[u8], &[u8]) -> Option<usize>,
+        difference: impl Fn(&[u8], &[u8]) -> Option<usize>,
     ) -> Result<(), Failure> {
         let mut page = [0xcc; 4096];
         page[..code.len()].copy_from_slice(code);
@@ -332,9 +268,21 @@ impl Bench {
         self.guest_data.write(0, data);
         let native = native::run(before);
         let guest = self.run_guest(before);
-        compare(i, before, &native, &guest)?;
+        let case = choices::Case {
+            instruction: i,
+            before,
+            data,
+            native: &native,
+            guest: &guest,
+        };
+        let freedom = case.freedom();
+        compare(&case, &freedom)?;
+        for range in freedom.memory {
+            let same = self.native_data.bytes()[range.clone()].to_vec();
+            self.guest_data.write(range.start as u64, &same);
+        }
         let (on_host, in_guest) = (self.native_data.bytes(), self.guest_data.bytes());
-        match difference(&native.1, on_host, in_guest) {
+        match difference(on_host, in_guest) {
             Some(at) => {
                 let of = |memory: &Memory| memory.bytes()[at & !7..][..8].to_vec();
                 let (native, guest) = (of(&self.native_data), of(&self.guest_data));
@@ -348,7 +296,7 @@ impl Bench {
 }
 
 /// The first byte that differs.
-fn first_difference(_: &Trap, a: &[u8], b: &[u8]) -> Option<usize> {
+fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
     (a != b).then(|| a.iter().zip(b).position(|(a, b)| a != b).unwrap_or(0))
 }
 
@@ -397,7 +345,7 @@ fn source(seed: u64) -> generate::Random {
 
 /// Single instructions in code of `bits`.
 fn single_instructions(bits: u32, cases: u64) {
-    let first = setting("EPTIDE_ORACLE_SEED", 1);
+    let first = first_seed();
     let features = Vcpu::host_features();
     let (_alone, mut bench) = bench();
     let mut report = Report::default();
@@ -416,11 +364,11 @@ fn single_instructions(bits: u32, cases: u64) {
             ds: data_segment,
             ..generate::state(&mut random, &i, bits)
         };
-        if undefined_result(&i, &before) {
+        if choices::undefined_result(&i, &before) {
             continue;
         }
         let mut code = bytes.clone();
-        if random.below(3) == 0 && undefined_flags(&i) & !(1 << 4) == 0 {
+        if random.below(3) == 0 && choices::undefined_flags(&i) & !(1 << 4) == 0 {
             // Jcc over an INT3: the processor may run it together with the instruction before.
             code.extend([0x70 | random.below(16) as u8, 1, 0xcc]);
         }
@@ -454,7 +402,7 @@ fn instructions_of_16_bit_code_agree_with_the_host() {
 #[test]
 fn sequences_agree_with_the_host() {
     let cases = setting("EPTIDE_ORACLE_CASES", 100_000).div_ceil(4);
-    let first = setting("EPTIDE_ORACLE_SEED", 1);
+    let first = first_seed();
     let (_alone, mut bench) = bench();
     let has_ldt = segments::install_on_host();
     let mut report = Report::default();
@@ -466,7 +414,7 @@ fn sequences_agree_with_the_host() {
             &case.before,
             &case.code,
             &case.data,
-            |trap, native, guest| case.first_difference(trap, native, guest),
+            |native, guest| case.first_difference(native, guest),
         );
         if let Err(failure) = result {
             report.add(seed, case.name.into(), &case.code, failure);

@@ -3,7 +3,7 @@
 use super::{CODE, DATA, DATA_LEN, State};
 use arch::cpuid::Features;
 use iced_x86::{
-    Code, CodeSize, CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register,
+    Code, CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register,
 };
 
 /// xorshift64*: small, seedable, good enough.
@@ -189,25 +189,8 @@ fn comparable(i: &Instruction, features: &Features) -> bool {
             r.is_segment_register() || r.is_cr() || r.is_dr()
         }
     });
-    // Register forms of 0F 0D are NOPs on Intel processors and #UD on AMD's; MOVSXD with a 16-bit
-    // destination reads two bytes there and four here; MXCSR has one bit more (MM) here.
-    let vendors_differ = matches!(
-        i.code(),
-        Code::Reservednop_rm16_r16_0F0D
-            | Code::Reservednop_rm32_r32_0F0D
-            | Code::Reservednop_rm64_r64_0F0D
-            | Code::Movsxd_r16_rm16
-            | Code::Ldmxcsr_m32
-            | Code::VEX_Vldmxcsr_m32
-    );
-    // With VEX.W outside 64-bit code Intel's processors ignore W and AMD's raise #UD.
-    let vendors_differ = vendors_differ
-        || i.code_size() != CodeSize::Code64
-            && matches!(
-                i.code(),
-                Code::VEX_Vpinsrd_xmm_xmm_rm32_imm8 | Code::VEX_Vpextrd_rm32_xmm_imm8
-            );
-    !excluded && !segments && !vendors_differ && i.code() != Code::Int1
+    let makers_differ = super::choices::makers_differ(i);
+    !excluded && !segments && !makers_differ && i.code() != Code::Int1
 }
 
 fn offered(needed: CpuidFeature, features: &Features) -> bool {

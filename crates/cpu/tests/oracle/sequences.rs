@@ -1,16 +1,15 @@
 //! Random short sequences: segment loads, far transfers, extended state to memory and back.
 
 use crate::generate::{self, Random};
-use crate::native::Trap;
 use crate::segments::{CODE_32, CODE_64, FLAT_DATA, LOCAL_COUNT};
-use crate::{BREAKPOINT, CODE, DATA, DATA_LEN, State, first_difference, random_data};
-use iced_x86::Instruction;
+use crate::{CODE, DATA, DATA_LEN, State, choices, first_difference, random_data};
 use iced_x86::code_asm::*;
+use iced_x86::{Decoder, DecoderOptions, Instruction};
 
 /// A sequence with its state.
 pub struct Case {
     pub name: &'static str,
-    /// The instruction whose undefined flags do not count: none.
+    /// The first instruction, whose choices are left open.
     pub instruction: Instruction,
     pub code: Vec<u8>,
     pub before: State,
@@ -237,6 +236,7 @@ impl Case {
             2 => case.look(random, bits, has_ldt, &mut data),
             _ => case.state(random, bits, &mut data),
         }
+        case.instruction = Decoder::new(bits, &case.code, DecoderOptions::NONE).decode();
         case.data = data;
         case
     }
@@ -311,6 +311,12 @@ impl Case {
             _ if wide => 8,
             _ => 4,
         };
+        let is_long = selector & !3 == CODE_64 & !3;
+        let offset = if wide && !is_long {
+            choices::offset_in_compatibility_mode(offset)
+        } else {
+            offset
+        };
         let flags = self.before.rflags & 0x8d5 | 2;
         let new_rsp = DATA + DATA_LEN / 4;
         let new_ss: u16 = if random.below(8) == 0 {
@@ -377,25 +383,13 @@ impl Case {
     }
 
     /// The first byte of memory that differs and should not.
-    pub fn first_difference(&self, trap: &Trap, native: &[u8], guest: &[u8]) -> Option<usize> {
+    pub fn first_difference(&self, native: &[u8], guest: &[u8]) -> Option<usize> {
         let Some(saved) = &self.saved else {
-            // AMD's processors push the return address before they look at the target.
-            let faulted = trap.vector != BREAKPOINT && self.name.starts_with("call");
-            return if faulted {
-                None
-            } else {
-                first_difference(trap, native, guest)
-            };
+            return first_difference(native, guest);
         };
         let ignored = |at: usize| {
-            let Some(at) = at.checked_sub(saved.at) else {
-                return false;
-            };
-            // Opcode and pointers of the last x87 instruction, MXCSR_MASK; padding of x87
-            // registers; what is left for software.
-            matches!(at, 5..=23 | 28..=31)
-                || (32..160).contains(&at) && at % 16 >= 10
-                || saved.legacy && (464..512).contains(&at)
+            let at = at.checked_sub(saved.at);
+            at.is_some_and(|at| choices::is_open_in_area(at, saved.legacy))
         };
         (0..native.len()).find(|&at| native[at] != guest[at] && !ignored(at))
     }
