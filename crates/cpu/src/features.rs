@@ -106,6 +106,12 @@ fn host_cpuid(leaf: u32, subleaf: u32) -> Output {
     Output([out.eax, out.ebx, out.ecx, out.edx])
 }
 
+/// Whether the host itself has a feature.
+pub(crate) fn host_has(feature: Feature) -> bool {
+    static HOST: OnceLock<Features> = OnceLock::new();
+    HOST.get_or_init(|| Features::read(host_cpuid)).has(feature)
+}
+
 impl Vcpu {
     /// Everything a guest of this host can be offered.
     pub fn host_features() -> Features {

@@ -9,6 +9,8 @@
 //! Aligned accesses of up to 8 bytes are single host instructions, so guests get the host's
 //! atomicity and memory ordering, which are the guest's own.
 
+pub(crate) mod code_memory;
+
 use std::arch::asm;
 use std::sync::Once;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
@@ -281,8 +283,8 @@ fn resume_point(rip: u64) -> Option<u64> {
     None
 }
 
-/// Faults of host accesses, and arithmetic faults of generated stubs.
-const SIGNALS: [libc::c_int; 3] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE];
+/// Faults of host accesses, and of generated code.
+const SIGNALS: [libc::c_int; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];
 
 /// What handled a signal before: the handler and its flags.
 static PREVIOUS: [(AtomicUsize, AtomicI32); SIGNALS.len()] =
@@ -328,7 +330,7 @@ extern "C" fn on_fault(
         registers[libc::REG_RCX as usize] = 1;
         return;
     }
-    if crate::vector::on_stub_fault(registers) {
+    if code_memory::resume_at_fixup(registers) {
         return;
     }
     let which = SIGNALS.iter().position(|s| *s == signal).unwrap_or(0);

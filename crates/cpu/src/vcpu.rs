@@ -8,6 +8,7 @@ use crate::op::Stop;
 use crate::second_stage::SecondStage;
 use crate::state::CpuState;
 use crate::tlb::{Class, Space, Tlb};
+use crate::vector::Stubs;
 use arch::control_registers::{Cr0, Cr4, Dr7, Efer, Rflags};
 use arch::controls::Eptp;
 use arch::cpuid::{Feature, Features};
@@ -160,6 +161,7 @@ pub struct Vcpu {
     pub(crate) tlb: Tlb,
     pub(crate) second_stage: SecondStage,
     pub(crate) code: CodeCache,
+    pub(crate) stubs: Stubs,
     pub(crate) machine: Arc<Machine>,
     pub(crate) attention: Arc<Attention>,
     controls: *const Controls,
@@ -261,8 +263,9 @@ impl Drop for Vcpu {
 }
 
 impl Vcpu {
-    /// A processor in its reset state, offering every feature of this host.
-    pub fn new(machine: &Arc<Machine>) -> Box<Vcpu> {
+    /// A processor in its reset state, offering every feature of this host. The error is the host's,
+    /// which has no memory for generated code.
+    pub fn new(machine: &Arc<Machine>) -> std::io::Result<Box<Vcpu>> {
         crate::host::install_fault_handler();
         let state = CpuState::reset();
         let paging_selected = GuestControls {
@@ -273,7 +276,7 @@ impl Vcpu {
             has_1g_pages: true,
             has_pse36: true,
         };
-        Box::new(Vcpu {
+        Ok(Box::new(Vcpu {
             state,
             context: 0,
             fetch_context: 0,
@@ -283,6 +286,7 @@ impl Vcpu {
             tlb: Tlb::new(),
             second_stage: SecondStage::new(),
             code: CodeCache::new(),
+            stubs: Stubs::new()?,
             machine: machine.clone(),
             attention: machine.add_processor(),
             controls: core::ptr::null(),
@@ -320,7 +324,7 @@ impl Vcpu {
             contexts_updated: false,
             current: core::ptr::null(),
             statistics: Statistics::default(),
-        })
+        }))
     }
 
     /// The handle by which other threads interrupt this processor.

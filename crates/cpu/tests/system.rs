@@ -5,6 +5,8 @@
 mod bench;
 #[path = "system/boundaries.rs"]
 mod boundaries;
+#[path = "system/encodings.rs"]
+mod encodings;
 #[path = "system/exceptions.rs"]
 mod exceptions;
 #[path = "system/exits.rs"]

@@ -18,7 +18,7 @@ pub(crate) use counters::Counters;
 
 use crate::clock::RunDelay;
 use crate::cpuid::{Dynamic, Table};
-use crate::error::{Result, fail};
+use crate::error::{Error, Result, fail};
 use crate::events::{self, Events};
 use crate::exits::{self, Outcome};
 use crate::irqchip::lapic::{self, Effect, Illegal, LocalApic};
@@ -183,7 +183,8 @@ fn initial_controls() -> Controls {
 impl Vcpu {
     /// A vCPU in its power-up state.
     pub(crate) fn new(vm: &Arc<Vm>, id: u32) -> Result<Arc<Vcpu>> {
-        let mut cpu = cpu::Vcpu::new(&vm.machine);
+        let mut cpu = cpu::Vcpu::new(&vm.machine)
+            .map_err(|error| Error::new(error.raw_os_error().unwrap_or(libc::ENOMEM)))?;
         cpu.state = CpuState::reset();
         let mailbox = Arc::new(Mailbox::new(cpu.attention()));
         let bootstrap = vm.is_bootstrap(id);

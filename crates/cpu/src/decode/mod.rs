@@ -18,6 +18,7 @@ use crate::code::CodeMode;
 use crate::execute::control;
 use crate::op::{Handler, Op, flag};
 use crate::state::slot;
+use crate::vector::Stubs;
 use arch::cpuid::{Feature, Features};
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use std::cell::Cell;
@@ -63,6 +64,8 @@ pub(crate) struct Context<'a> {
     pub mode: CodeMode,
     /// The instruction's bytes.
     pub bytes: &'a [u8],
+    /// Host code for instructions that the host executes.
+    pub stubs: &'a Stubs,
 }
 
 fn new_op(offset: u64, len: usize, handler: Handler) -> Op {
@@ -102,7 +105,13 @@ fn decoder<'a>(bytes: &'a [u8], offset: u64, mode: CodeMode, features: &Features
 }
 
 /// Decodes a block from bytes that lie in one page, the first at `offset` in it.
-pub(crate) fn block(bytes: &[u8], offset: u64, mode: CodeMode, features: &Features) -> Decoded {
+pub(crate) fn block(
+    bytes: &[u8],
+    offset: u64,
+    mode: CodeMode,
+    features: &Features,
+    stubs: &Stubs,
+) -> Decoded {
     let mut decoder = decoder(bytes, offset, mode, features);
     let mut instruction = Instruction::default();
     let mut ops: Vec<Op> = Vec::with_capacity(12);
@@ -123,6 +132,7 @@ pub(crate) fn block(bytes: &[u8], offset: u64, mode: CodeMode, features: &Featur
             offset + len as u64,
             mode,
             features,
+            stubs,
         );
         if instructions == 0 {
             first = op.handler.get();
@@ -155,11 +165,17 @@ pub(crate) fn block(bytes: &[u8], offset: u64, mode: CodeMode, features: &Featur
 }
 
 /// Decodes one instruction, whose bytes may reach into the next page.
-pub(crate) fn one(bytes: &[u8], offset: u64, mode: CodeMode, features: &Features) -> Decoded {
+pub(crate) fn one(
+    bytes: &[u8],
+    offset: u64,
+    mode: CodeMode,
+    features: &Features,
+    stubs: &Stubs,
+) -> Decoded {
     let mut decoder = decoder(bytes, offset, mode, features);
     let instruction = decoder.decode();
     let len = decoder.position().max(1);
-    let (op, _) = translate(&instruction, &bytes[..len], offset, mode, features);
+    let (op, _) = translate(&instruction, &bytes[..len], offset, mode, features, stubs);
     let rest = new_op(offset + len as u64, 0, control::fall_through);
     Decoded {
         first: op.handler.get(),
@@ -176,6 +192,7 @@ fn translate(
     offset: u64,
     mode: CodeMode,
     features: &Features,
+    stubs: &Stubs,
 ) -> (Op, Ends) {
     let mut op = new_op(offset, bytes.len(), control::undefined);
     if instruction.is_invalid() {
@@ -191,6 +208,7 @@ fn translate(
         instruction,
         mode,
         bytes,
+        stubs,
     };
     context.operands(&mut op);
     if let Some((handler, ends)) = general::select(&context, &mut op) {
@@ -344,7 +362,14 @@ mod tests {
     use crate::vcpu::Vcpu;
 
     fn decode(bytes: &[u8], offset: u64) -> Decoded {
-        block(bytes, offset, CodeMode::Bits64, &Vcpu::host_features())
+        let stubs = Stubs::new().unwrap();
+        block(
+            bytes,
+            offset,
+            CodeMode::Bits64,
+            &Vcpu::host_features(),
+            &stubs,
+        )
     }
 
     #[test]

@@ -133,8 +133,18 @@ impl Vcpu {
                 return Ok(found);
             }
         }
+        self.make_room_for_stubs();
         self.update_jump_key();
         self.decode_block(linear, hva)
+    }
+
+    /// Drops all host code, and the blocks that point to it, when it is more than is kept. No block
+    /// executes here.
+    fn make_room_for_stubs(&mut self) {
+        if self.stubs.is_full() {
+            self.code.clear();
+            self.stubs.clear();
+        }
     }
 
     /// Reads code bytes that may cross into the next page.
@@ -160,7 +170,13 @@ impl Vcpu {
             let mut buffer = [0; BLOCK_BYTES];
             let read = self.fetch_bytes(linear, &mut buffer)?;
             let bytes = &buffer[..read];
-            let decoded = decode::block(bytes, linear & 0xfff, self.code_mode, &self.features);
+            let decoded = decode::block(
+                bytes,
+                linear & 0xfff,
+                self.code_mode,
+                &self.features,
+                &self.stubs,
+            );
             if decoded.len == 0 {
                 return self.decode_crossing(linear, hva, bytes);
             }
@@ -219,6 +235,7 @@ impl Vcpu {
             linear & 0xfff,
             self.code_mode,
             &self.features,
+            &self.stubs,
         );
         let len = decoded.len;
         self.statistics.blocks_decoded += 1;

@@ -2,7 +2,7 @@
 //!
 //! Source: SDM volume 1, "Saving the x87 FPU's State with FSTENV/FNSTENV and FSAVE/FNSAVE".
 
-use super::stub::Family;
+use super::form::Family;
 use crate::execute::attempt;
 use crate::op::{Flow, Op};
 use crate::state::ExtendedState;

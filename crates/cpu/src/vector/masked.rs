@@ -3,7 +3,7 @@
 //! Only elements whose mask bit is set are accessed, so only they can fault; the host's own
 //! instruction cannot be used on a copy of the operand.
 
-use super::stub::Family;
+use super::form::Family;
 use crate::decode::{Context, register_offset};
 use crate::execute::attempt;
 use crate::op::{Flow, Handler, Op, Stop, flag};

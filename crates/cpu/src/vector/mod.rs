@@ -1,22 +1,23 @@
 //! x87, MMX, SSE and AVX, and the instructions that save and restore their state.
 //!
 //! The host is an x86 too: an instruction of these families runs as itself, on the guest's
-//! registers, through a small generated stub ([`stub`]). Results and exceptions are the host
+//! registers, through a small generated stub ([`stub`]), if it is on the list of those that may ([`form`]). Results and exceptions are the host
 //! processor's, exact by construction. Done in software is what moves state ([`save`],
 //! [`environment`]) and what touches memory element by element ([`masked`]).
 
-mod buffer;
 mod environment;
+mod form;
 mod masked;
 mod run;
 mod save;
+mod scratch;
 mod stub;
 
 use crate::decode::Context;
 use crate::op::{Handler, Op};
 use iced_x86::Mnemonic;
 
-pub(crate) use buffer::on_stub_fault;
+pub(crate) use stub::Stubs;
 
 /// Chooses the handler and fills in the operands; `None` for instructions not of these families,
 /// or that cannot be run.

@@ -1,19 +1,19 @@
 //! Running a stub as an instruction: checks before, memory around, exceptions after.
 
-use super::buffer::Scratch;
-use super::stub::{self, Family, Stub};
+use super::form::Family;
+use super::scratch::Scratch;
+use super::stub::{self, Stub};
 use crate::decode::Context;
 use crate::execute::attempt;
 use crate::op::{Flow, Handler, Op, Stop};
 use crate::state::LazyFlags;
-use crate::vcpu::Vcpu;
+use crate::vcpu::{Cause, Vcpu};
 use arch::control_registers::{Cr0, Cr4, Xcr0};
 use arch::exception::Exception;
 
 /// Chooses the stub handler.
 pub(super) fn select(c: &Context<'_>, op: &mut Op) -> Option<Handler> {
-    let stub = stub::get(c.instruction)?;
-    op.imm = std::ptr::from_ref(stub) as u64;
+    op.imm = c.stubs.get(c.instruction)?.expose_provenance() as u64;
     // The x87 opcode register holds the low bits of the first byte and the ModRM byte.
     let escape = c.bytes.iter().position(|b| (0xd8..=0xdf).contains(b));
     if let Some(at) = escape.filter(|at| at + 1 < c.bytes.len()) {
@@ -54,8 +54,8 @@ impl Vcpu {
 
 /// Executes a stub; `imm` points to it.
 fn run(cpu: &mut Vcpu, op: &Op) -> Flow {
-    // SAFETY: `select` put the address of a leaked stub there.
-    let stub = unsafe { &*(op.imm as *const Stub) };
+    // SAFETY: `select` put the address of a stub there, which lives as long as blocks that hold it.
+    let stub = unsafe { &*core::ptr::with_exposed_provenance::<Stub>(op.imm as usize) };
     attempt!(cpu.check_family(stub.family));
     let mut scratch = Scratch::new();
     let mut address = 0;
@@ -79,20 +79,16 @@ fn run(cpu: &mut Vcpu, op: &Op) -> Flow {
     if stub.reads_flags {
         scratch.flags = cpu.state.flags.status() | 2;
     }
-    let fault = stub::run(
-        stub.code,
-        stub.resume,
-        &mut cpu.state,
-        &mut scratch,
-        misalignment,
-    );
+    let fault = stub::run(stub.code, &mut cpu.state, &mut scratch, misalignment);
     if fault != 0 {
         cpu.set_x87_pointers(pointers);
         match Exception::from_vector(fault as u8) {
             Some(Exception::Simd) if !cpu.state.cr4.contains(Cr4::OSXMMEXCPT) => cpu.undefined(),
             Some(Exception::X87) => cpu.x87_error(),
             Some(exception @ (Exception::Simd | Exception::InvalidOpcode)) => cpu.raise(exception),
-            _ => cpu.general_protection(),
+            Some(Exception::GeneralProtection) => cpu.general_protection(),
+            // No instruction of the list raises another one on an operand that is there.
+            _ => cpu.stop_with(Cause::Unhandled),
         };
         return Flow::Stop;
     }

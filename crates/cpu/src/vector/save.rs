@@ -3,7 +3,7 @@
 //! The processor keeps its state in the standard XSAVE layout, every component always valid;
 //! whether a component is in its initial state is found by looking.
 
-use super::stub::Family;
+use super::form::Family;
 use crate::execute::attempt;
 use crate::op::{Flow, Op, Stop};
 use crate::state::ExtendedState;

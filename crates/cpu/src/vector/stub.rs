@@ -8,39 +8,32 @@
 //!   store MXCSR and what was written; put the host's control registers back
 //! ```
 //!
-//! An unmasked floating-point exception faults on the host too; the signal handler resumes at the
-//! stub's second exit, which stores MXCSR and nothing else.
+//! An exception of the instruction is raised on the host too, where the signal handler resumes at
+//! the stub's second exit, which stores MXCSR and nothing else.
+//!
+//! Stubs belong to one processor and are bounded ([`Stubs`]): a guest that executes more encodings
+//! than there is room for has them made again.
 
-use super::buffer::{Scratch, buffer};
+use super::form::{self, Family};
+use super::scratch::{OPERAND, Scratch, note_fault};
+use crate::host::code_memory::{CodeMemory, Fixup};
 use crate::state::{CpuState, ExtendedState};
 use core::mem::offset_of;
 use iced_x86::{
-    CpuidFeature, Encoder, EncodingKind, Instruction, InstructionInfoFactory, OpAccess, OpKind,
-    Register, RflagsBits,
+    Encoder, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register, RflagsBits,
 };
+use std::cell::RefCell;
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
 
-/// Which check precedes the instruction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Family {
-    /// x87: CR0.EM and CR0.TS raise #NM.
-    X87,
-    /// FWAIT: CR0.MP with CR0.TS raises #NM.
-    Wait,
-    /// MMX: CR0.EM raises #UD, CR0.TS #NM.
-    Mmx,
-    /// SSE: as MMX, and CR4.OSFXSR must be set.
-    Sse,
-    /// AVX: CR4.OSXSAVE and XCR0 must enable it.
-    Avx,
-}
+/// Bytes of stubs that one processor keeps.
+const STUB_BYTES: usize = 4 << 20;
+
+/// Bytes that the stubs of one block may take: no stub has more than a few hundred.
+const BLOCK_BYTES: usize = 64 << 10;
 
 /// A generated stub.
 pub(super) struct Stub {
     pub code: u64,
-    /// Address of the exit taken after a fault.
-    pub resume: u64,
     pub family: Family,
     /// Bytes of the memory operand; 0 without one.
     pub memory: usize,
@@ -54,6 +47,54 @@ pub(super) struct Stub {
     pub sets_pointers: bool,
     /// Clears them (FNINIT).
     pub clears_pointers: bool,
+}
+
+/// The stubs of one processor, by encoding.
+pub(crate) struct Stubs(RefCell<Store>);
+
+struct Store {
+    memory: CodeMemory,
+    stubs: HashMap<Vec<u8>, Box<Stub>>,
+}
+
+impl Stubs {
+    pub(crate) fn new() -> std::io::Result<Stubs> {
+        Ok(Stubs(RefCell::new(Store {
+            memory: CodeMemory::new(STUB_BYTES, note_fault)?,
+            stubs: HashMap::new(),
+        })))
+    }
+
+    /// Whether the stubs of one more block may not fit.
+    pub(crate) fn is_full(&self) -> bool {
+        !self.0.borrow().memory.has_room(BLOCK_BYTES)
+    }
+
+    /// Drops every stub. No block that holds one may execute any more.
+    pub(crate) fn clear(&mut self) {
+        let store = self.0.get_mut();
+        store.stubs.clear();
+        store.memory.reset();
+    }
+
+    /// The stub for an instruction, made now or before: valid until they are cleared. `None` if it
+    /// cannot be run this way.
+    pub(super) fn get(&self, instruction: &Instruction) -> Option<*const Stub> {
+        if !form::is_hosted(instruction) {
+            return None;
+        }
+        let (body, renamed) = rewrite(instruction)?;
+        let Store { memory, stubs } = &mut *self.0.borrow_mut();
+        // The renamed guest register is not in the body.
+        let mut key = body.clone();
+        key.push(renamed.map_or(0xff, |(guest, _)| guest as u8));
+        if let Some(stub) = stubs.get(&key) {
+            return Some(&raw const **stub);
+        }
+        let stub = Box::new(build(memory, instruction, &body, renamed)?);
+        let stub = stubs.entry(key).insert_entry(stub);
+        Some(&raw const **stub.get())
+    }
 }
 
 const EXTENDED: usize = offset_of!(CpuState, extended);
@@ -131,86 +172,38 @@ struct Uses {
     integers_written: u8,
 }
 
-fn is_x87(instruction: &Instruction) -> bool {
-    use CpuidFeature as C;
-    let features = instruction.cpuid_features();
-    if instruction.mnemonic() == iced_x86::Mnemonic::Wait {
-        return true;
-    }
-    features
-        .iter()
-        .any(|f| matches!(f, C::FPU | C::FPU287 | C::FPU387))
-}
-
-fn touches_mmx(instruction: &Instruction) -> bool {
-    instruction.cpuid_features().contains(&CpuidFeature::MMX)
-        || (0..instruction.op_count()).any(|n| {
-            instruction.op_kind(n) == OpKind::Register && instruction.op_register(n).is_mm()
-        })
-}
-
-/// Whether the instruction may look at or set MXCSR: all but moves, logic and integer
-/// instructions.
-fn uses_mxcsr(instruction: &Instruction) -> bool {
-    let name = format!("{:?}", instruction.mnemonic());
-    let name = name.strip_prefix('V').unwrap_or(&name).to_ascii_lowercase();
-    let quiet = [
-        "p",
-        "mov",
-        "unpck",
-        "shuf",
-        "and",
-        "or",
-        "xor",
-        "lddqu",
-        "blend",
-        "insert",
-        "extract",
-        "broadcast",
-        "perm",
-        "aes",
-        "sha",
-        "zero",
-        "test",
-        "maskmov",
-        "emms",
-        "extrq",
-    ];
-    // PACK, PADD …: integer; but nothing that starts with "p" here is floating point.
-    !quiet.iter().any(|prefix| name.starts_with(prefix))
-}
-
 /// Alignment that the memory operand needs, found by trying: which instructions insist differs
-/// between processors.
-fn alignment(code: u64, resume: u64, size: usize) -> usize {
-    if size < 16 {
-        return 1;
-    }
-    let faults = |misalignment: usize| {
-        let mut state = Box::new(CpuState::reset());
+/// between processors. `None` if the host does not know the instruction.
+fn alignment(code: u64, size: usize) -> Option<usize> {
+    let mut state = Box::new(CpuState::reset());
+    let mut fault_at = |misalignment: usize| {
         let mut scratch = Scratch::new();
-        run(code, resume, &mut state, &mut scratch, misalignment) == GENERAL_PROTECTION
+        run(code, &mut state, &mut scratch, misalignment)
     };
-    match (faults(1), size >= 32 && faults(16)) {
-        (_, true) => size,
-        (true, false) => 16,
-        (false, false) => 1,
+    if fault_at(0) == INVALID_OPCODE {
+        return None;
     }
+    let mut faults = |misalignment| fault_at(misalignment) == GENERAL_PROTECTION;
+    Some(match size {
+        ..16 => 1,
+        32.. if faults(16) => size,
+        _ if faults(1) => 16,
+        _ => 1,
+    })
 }
 
+const INVALID_OPCODE: u64 = 6;
 const GENERAL_PROTECTION: u64 = 13;
 
 /// Runs a stub's code with its memory operand at an address of that misalignment (below 64).
 /// Returns the vector of the exception it raised, 0 for none.
 pub(super) fn run(
     code: u64,
-    resume: u64,
     state: &mut CpuState,
     scratch: &mut Scratch,
     misalignment: usize,
 ) -> u64 {
     scratch.fault = 0;
-    scratch.resume = resume;
     scratch.operand = scratch.memory.as_ptr() as u64 + misalignment as u64;
     // SAFETY: the stub follows the C calling convention, touches the two structures it is given
     // and the caller-saved registers of the vector and x87 units, and leaves the host's control
@@ -222,23 +215,6 @@ pub(super) fn run(
     }
     // SAFETY: the signal handler may have written the field, behind the compiler's back.
     unsafe { (&raw const scratch.fault).read_volatile() }
-}
-
-/// The stub for an instruction, made now or before. `None` if it cannot be run this way.
-pub(super) fn get(instruction: &Instruction) -> Option<&'static Stub> {
-    static STUBS: Mutex<Option<HashMap<Vec<u8>, &'static Stub>>> = Mutex::new(None);
-    let (body, renamed) = rewrite(instruction)?;
-    let mut stubs = STUBS.lock().unwrap_or_else(PoisonError::into_inner);
-    let stubs = stubs.get_or_insert_default();
-    // The renamed guest register is not in the body.
-    let mut key = body.clone();
-    key.push(renamed.map_or(0xff, |(guest, _)| guest as u8));
-    if let Some(stub) = stubs.get(&key) {
-        return Some(stub);
-    }
-    let stub: &'static Stub = Box::leak(Box::new(build(instruction, &body, renamed)?));
-    stubs.insert(key, stub);
-    Some(stub)
 }
 
 /// The instruction as it runs on the host, and the guest register that RAX stands for with the
@@ -325,173 +301,367 @@ fn uses(instruction: &Instruction, renamed: Option<(usize, OpAccess)>) -> Uses {
     uses
 }
 
+/// What a stub does around its instruction.
+struct Plan<'a> {
+    body: &'a [u8],
+    renamed: Option<(usize, OpAccess)>,
+    uses: Uses,
+    /// x87 or MMX: the FXSAVE image is loaded and stored.
+    has_legacy_state: bool,
+    is_avx: bool,
+    uses_mxcsr: bool,
+    reads_flags: bool,
+    writes_flags: bool,
+}
+
+const HOST_MXCSR: usize = offset_of!(Scratch, host_mxcsr);
+const GUEST_MXCSR: usize = EXTENDED + ExtendedState::MXCSR;
+
+fn xmm(n: u8) -> usize {
+    EXTENDED + ExtendedState::XMM + 16 * usize::from(n)
+}
+
+fn ymm_high(n: u8) -> usize {
+    EXTENDED + ExtendedState::YMM_HIGH + 16 * usize::from(n)
+}
+
+/// The numbers of the bits in a set of registers.
+fn each(set: u32) -> impl Iterator<Item = u8> {
+    (0..16u8).filter(move |n| set >> n & 1 != 0)
+}
+
+impl Plan<'_> {
+    /// Whether MXCSR is the guest's while the instruction runs.
+    fn switches_mxcsr(&self) -> bool {
+        self.has_legacy_state || self.uses_mxcsr
+    }
+
+    /// Loads guest registers.
+    fn before(&self, code: &mut Code) {
+        if self.switches_mxcsr() {
+            code.mxcsr(true, RSI, HOST_MXCSR);
+        }
+        if self.has_legacy_state {
+            code.bytes(&[0x48, 0x0f, 0xae]); // FXRSTOR64
+            code.operand(1, RDI, EXTENDED);
+        } else {
+            for n in each(self.uses.vectors) {
+                if self.is_avx {
+                    code.vmovups(false, n, xmm(n));
+                    code.upper(false, n, ymm_high(n));
+                } else {
+                    code.movups(false, n, xmm(n));
+                }
+            }
+        }
+        for n in each(self.uses.integers.into()) {
+            code.integer(false, n, n.into());
+        }
+        if let Some((guest, _)) = self.renamed {
+            code.integer(false, 0, guest);
+        }
+        if self.uses_mxcsr {
+            code.mxcsr(false, RDI, GUEST_MXCSR);
+        }
+        code.bytes(&[0x4c, 0x8b]); // MOV R8, operand
+        code.operand(0, RSI, offset_of!(Scratch, operand));
+        if self.reads_flags {
+            code.0.push(0xff); // PUSH flags
+            code.operand(6, RSI, offset_of!(Scratch, flags));
+            code.0.push(0x9d); // POPFQ
+        }
+    }
+
+    /// Stores what the instruction wrote, and returns.
+    fn after(&self, code: &mut Code) {
+        if self.writes_flags {
+            code.0.push(0x9c); // PUSHFQ
+            code.0.push(0x8f); // POP flags
+            code.operand(0, RSI, offset_of!(Scratch, flags));
+        }
+        if self.uses_mxcsr {
+            code.mxcsr(true, RDI, GUEST_MXCSR);
+            code.mxcsr(false, RSI, HOST_MXCSR);
+        }
+        for n in each(self.uses.integers_written.into()) {
+            code.integer(true, n, n.into());
+        }
+        if let Some((guest, access)) = self.renamed
+            && !matches!(access, OpAccess::Read | OpAccess::CondRead)
+        {
+            // A 16-bit destination (FNSTSW AX) leaves the rest, which was loaded.
+            code.integer(true, 0, guest);
+        }
+        if self.has_legacy_state {
+            code.bytes(&[0x48, 0x0f, 0xae]); // FXSAVE64
+            code.operand(0, RDI, EXTENDED);
+            code.bytes(&[0xdb, 0xe3]); // FNINIT
+            code.mxcsr(false, RSI, HOST_MXCSR);
+        } else {
+            for n in each(self.uses.written) {
+                if self.is_avx {
+                    code.vmovups(true, n, xmm(n));
+                    code.upper(true, n, ymm_high(n));
+                } else {
+                    code.movups(true, n, xmm(n));
+                }
+            }
+        }
+        self.leave(code);
+    }
+
+    /// Goes on after the instruction raised an exception.
+    fn after_fault(&self, code: &mut Code) {
+        if self.has_legacy_state {
+            // A conversion that faults has switched to MMX state already.
+            code.bytes(&[0x48, 0x0f, 0xae]); // FXSAVE64
+            code.operand(0, RDI, EXTENDED);
+            code.bytes(&[0xdb, 0xe2]); // FNCLEX
+            code.bytes(&[0xdb, 0xe3]); // FNINIT
+            code.mxcsr(false, RSI, HOST_MXCSR);
+        } else if self.uses_mxcsr {
+            code.mxcsr(true, RDI, GUEST_MXCSR);
+            code.mxcsr(false, RSI, HOST_MXCSR);
+        }
+        self.leave(code);
+    }
+
+    /// Goes on when guest registers could not even be loaded.
+    fn after_failed_load(&self, code: &mut Code) {
+        if self.switches_mxcsr() {
+            code.mxcsr(false, RSI, HOST_MXCSR);
+        }
+        self.leave(code);
+    }
+
+    fn leave(&self, code: &mut Code) {
+        if self.is_avx && !self.has_legacy_state {
+            code.bytes(&[0xc5, 0xf8, 0x77]); // VZEROUPPER
+        }
+        code.0.push(0xc3);
+    }
+
+    /// The stub's code, and where it goes on after faults.
+    fn generate(&self) -> (Vec<u8>, [Fixup; 2]) {
+        let mut code = Code::default();
+        self.before(&mut code);
+        let instruction = code.0.len() as u32;
+        code.bytes(self.body);
+        self.after(&mut code);
+        let fault = code.0.len() as u32;
+        self.after_fault(&mut code);
+        let failed_load = code.0.len() as u32;
+        self.after_failed_load(&mut code);
+        let fixups = [
+            Fixup {
+                instructions: 0..instruction,
+                resume: failed_load,
+            },
+            Fixup {
+                instructions: instruction..fault,
+                resume: fault,
+            },
+        ];
+        (code.0, fixups)
+    }
+}
+
+/// Bytes of the memory operand and how it is accessed, if there is one. The error is an operand
+/// whose size is not known or not small.
+fn memory_operand(instruction: &Instruction) -> Result<Option<(usize, OpAccess)>, ()> {
+    let mut factory = InstructionInfoFactory::new();
+    let info = factory.info(instruction);
+    let operand = (0..instruction.op_count()).find(|&n| instruction.op_kind(n) == OpKind::Memory);
+    let Some(operand) = operand else {
+        return Ok(None);
+    };
+    match instruction.memory_size().size() {
+        size @ 1..=OPERAND => Ok(Some((size, info.op_access(operand)))),
+        _ => Err(()),
+    }
+}
+
 fn build(
+    memory: &mut CodeMemory,
     instruction: &Instruction,
     body: &[u8],
     renamed: Option<(usize, OpAccess)>,
 ) -> Option<Stub> {
-    let x87 = is_x87(instruction);
-    let mmx = touches_mmx(instruction);
-    let legacy_state = x87 || mmx;
-    let avx = instruction.code().encoding() != EncodingKind::Legacy;
-    let uses = uses(instruction, renamed);
-    let mxcsr = !legacy_state && uses_mxcsr(instruction);
-    let scratch_mxcsr = offset_of!(Scratch, host_mxcsr);
-    let flags = offset_of!(Scratch, flags);
-    let guest_mxcsr = EXTENDED + ExtendedState::MXCSR;
-    let xmm = |n: u8| EXTENDED + ExtendedState::XMM + 16 * usize::from(n);
-    let high = |n: u8| EXTENDED + ExtendedState::YMM_HIGH + 16 * usize::from(n);
-    let each = |set: u32| (0..16u8).filter(move |n| set >> n & 1 != 0);
-    // The sets also name the x87 condition codes, which live in the status word.
-    let reads_flags = instruction.rflags_read() & STATUS_FLAGS != 0;
-    let writes_flags = instruction.rflags_modified() & STATUS_FLAGS != 0;
-
-    let mut code = Code::default();
-    if legacy_state || mxcsr {
-        code.mxcsr(true, RSI, scratch_mxcsr);
-    }
-    if legacy_state {
-        code.bytes(&[0x48, 0x0f, 0xae]); // FXRSTOR64
-        code.operand(1, RDI, EXTENDED);
-    } else {
-        for n in each(uses.vectors) {
-            if avx {
-                code.vmovups(false, n, xmm(n));
-                code.upper(false, n, high(n));
-            } else {
-                code.movups(false, n, xmm(n));
-            }
-        }
-    }
-    for n in each(uses.integers.into()) {
-        code.integer(false, n, n.into());
-    }
-    if let Some((guest, _)) = renamed {
-        code.integer(false, 0, guest);
-    }
-    if mxcsr {
-        code.mxcsr(false, RDI, guest_mxcsr);
-    }
-    code.bytes(&[0x4c, 0x8b]); // MOV R8, operand
-    code.operand(0, RSI, offset_of!(Scratch, operand));
-    if reads_flags {
-        code.0.push(0xff); // PUSH flags
-        code.operand(6, RSI, flags);
-        code.0.push(0x9d); // POPFQ
-    }
-    code.bytes(body);
-    if writes_flags {
-        code.0.push(0x9c); // PUSHFQ
-        code.0.push(0x8f); // POP flags
-        code.operand(0, RSI, flags);
-    }
-    if mxcsr {
-        code.mxcsr(true, RDI, guest_mxcsr);
-        code.mxcsr(false, RSI, scratch_mxcsr);
-    }
-    for n in each(uses.integers_written.into()) {
-        code.integer(true, n, n.into());
-    }
-    if let Some((guest, access)) = renamed
-        && !matches!(access, OpAccess::Read | OpAccess::CondRead)
-    {
-        // A 16-bit destination (FNSTSW AX) leaves the rest, which was loaded.
-        code.integer(true, 0, guest);
-    }
-    if legacy_state {
-        code.bytes(&[0x48, 0x0f, 0xae]); // FXSAVE64
-        code.operand(0, RDI, EXTENDED);
-        code.bytes(&[0xdb, 0xe3]); // FNINIT
-        code.mxcsr(false, RSI, scratch_mxcsr);
-    } else {
-        for n in each(uses.written) {
-            if avx {
-                code.vmovups(true, n, xmm(n));
-                code.upper(true, n, high(n));
-            } else {
-                code.movups(true, n, xmm(n));
-            }
-        }
-    }
-    if avx && !legacy_state {
-        code.bytes(&[0xc5, 0xf8, 0x77]); // VZEROUPPER
-    }
-    code.0.push(0xc3);
-    let resume = code.0.len();
-    if legacy_state {
-        // A conversion that faults has switched to MMX state already.
-        code.bytes(&[0x48, 0x0f, 0xae]); // FXSAVE64
-        code.operand(0, RDI, EXTENDED);
-        code.bytes(&[0xdb, 0xe2]); // FNCLEX
-        code.bytes(&[0xdb, 0xe3]); // FNINIT
-        code.mxcsr(false, RSI, scratch_mxcsr);
-    } else if mxcsr {
-        code.mxcsr(true, RDI, guest_mxcsr);
-        code.mxcsr(false, RSI, scratch_mxcsr);
-    }
-    if avx && !legacy_state {
-        code.bytes(&[0xc5, 0xf8, 0x77]);
-    }
-    code.0.push(0xc3);
-
-    let address = buffer()?.add(&code.0)?;
-    let mut factory = InstructionInfoFactory::new();
-    let info = factory.info(instruction);
-    let memory_operand =
-        (0..instruction.op_count()).find(|&n| instruction.op_kind(n) == OpKind::Memory);
-    let access = memory_operand.map(|n| info.op_access(n));
-    let size = match memory_operand {
-        Some(_) => instruction.memory_size().size(),
-        None => 0,
+    use OpAccess as A;
+    let operand = memory_operand(instruction).ok()?;
+    let is_x87 = form::is_x87(instruction);
+    let has_legacy_state = is_x87 || form::touches_mmx(instruction);
+    let plan = Plan {
+        body,
+        renamed,
+        uses: uses(instruction, renamed),
+        has_legacy_state,
+        is_avx: form::is_avx(instruction),
+        uses_mxcsr: !has_legacy_state && form::uses_mxcsr(instruction),
+        // The sets also name the x87 condition codes, which live in the status word.
+        reads_flags: instruction.rflags_read() & STATUS_FLAGS != 0,
+        writes_flags: instruction.rflags_modified() & STATUS_FLAGS != 0,
     };
-    if memory_operand.is_some() && (size == 0 || size > 512) {
-        return None;
-    }
+    let (code, fixups) = plan.generate();
+    let code = memory.add(&code, &fixups)?;
+    let (size, access) = operand.unwrap_or((0, A::None));
     Some(Stub {
-        code: address,
-        resume: address + resume as u64,
-        family: family(instruction, x87, mmx, avx),
+        code,
+        family: form::family(instruction),
         memory: size,
-        reads: access
-            .is_some_and(|a| !matches!(a, OpAccess::Write | OpAccess::CondWrite | OpAccess::None)),
-        writes: access.is_some_and(|a| {
-            matches!(
-                a,
-                OpAccess::Write
-                    | OpAccess::CondWrite
-                    | OpAccess::ReadWrite
-                    | OpAccess::ReadCondWrite
-            )
-        }),
-        alignment: alignment(address, address + resume as u64, size),
-        reads_flags,
-        writes_flags,
-        sets_pointers: x87 && !is_control(instruction),
+        reads: !matches!(access, A::Write | A::CondWrite | A::None),
+        writes: matches!(
+            access,
+            A::Write | A::CondWrite | A::ReadWrite | A::ReadCondWrite
+        ),
+        alignment: alignment(code, size)?,
+        reads_flags: plan.reads_flags,
+        writes_flags: plan.writes_flags,
+        sets_pointers: is_x87 && !form::is_control(instruction),
         clears_pointers: instruction.mnemonic() == iced_x86::Mnemonic::Fninit,
     })
 }
 
-fn family(instruction: &Instruction, x87: bool, mmx: bool, avx: bool) -> Family {
-    if instruction.mnemonic() == iced_x86::Mnemonic::Wait {
-        Family::Wait
-    } else if x87 {
-        Family::X87
-    } else if mmx && (0..instruction.op_count()).any(|n| instruction.op_register(n).is_xmm()) {
-        Family::Sse
-    } else if mmx {
-        Family::Mmx
-    } else if avx {
-        Family::Avx
-    } else {
-        Family::Sse
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::{Code, Decoder, DecoderOptions};
+    use std::collections::HashSet;
 
-/// x87 control instructions leave the instruction and data pointers alone.
-fn is_control(instruction: &Instruction) -> bool {
-    use iced_x86::Mnemonic as M;
-    matches!(
-        instruction.mnemonic(),
-        M::Fninit | M::Fnclex | M::Fldcw | M::Fnstcw | M::Fnstsw | M::Wait | M::Fnop
-    )
+    /// Instructions of every code that the host executes, with a register and with memory.
+    fn hosted() -> Vec<Instruction> {
+        let mut seen = HashSet::new();
+        let mut found = Vec::new();
+        let mut look_at = |bytes: &[u8]| {
+            let mut padded = [0x11; 15];
+            padded[..bytes.len()].copy_from_slice(bytes);
+            let instruction = Decoder::new(64, &padded, DecoderOptions::NONE).decode();
+            let is_memory = instruction.memory_size().size() != 0;
+            if form::is_hosted(&instruction) && seen.insert((instruction.code(), is_memory)) {
+                found.push(instruction);
+            }
+        };
+        for opcode in 0..=255_u8 {
+            // With a register for each extension of the opcode, with any, and with memory.
+            for operand in (0..8_u8).flat_map(|n| [n << 3 | 3, n << 3 | 0xc1, n | 0xc8]) {
+                for prefix in [&[][..], &[0x66], &[0xf2], &[0xf3]] {
+                    for rex in [&[][..], &[0x48]] {
+                        for map in [&[][..], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]] {
+                            look_at(&[prefix, rex, map, &[opcode, operand]].concat());
+                        }
+                    }
+                }
+                for (map, selection) in (1..4_u8).flat_map(|m| (0..16_u8).map(move |s| (m, s))) {
+                    let last = (selection & 8) << 4 | selection & 7;
+                    for vvvv in [0x78, 0x68] {
+                        look_at(&[0xc4, 0xe0 | map, last | vvvv, opcode, operand]);
+                    }
+                }
+            }
+        }
+        found
+    }
+
+    /// Vectors of values that arithmetic has something to say about: signalling NaNs, denormals,
+    /// numbers that are inexact in fewer bits, integers too large to convert.
+    const VALUES: [u64; 6] = [
+        0x7ff0_0000_0000_0001,
+        0x7f80_0001_7f80_0001,
+        0x0000_0001_0000_0001,
+        0x000f_ffff_807f_ffff,
+        0x43e5_5555_5555_5555,
+        0x3ff5_5555_3eaa_aaab,
+    ];
+
+    fn host_mxcsr(value: u32) -> u32 {
+        let mut found = 0_u32;
+        // SAFETY: stores to and loads from the variables named; all exceptions stay masked.
+        unsafe {
+            std::arch::asm!("stmxcsr [{}]", in(reg) &raw mut found);
+            std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const value);
+        }
+        found
+    }
+
+    #[test]
+    fn what_runs_with_the_hosts_mxcsr_is_no_arithmetic() {
+        crate::host::install_fault_handler();
+        let stubs = Stubs::new().unwrap();
+        let mut state = Box::new(CpuState::reset());
+        let mut count = 0;
+        for instruction in hosted() {
+            let legacy = form::is_x87(&instruction) || form::touches_mmx(&instruction);
+            if legacy || form::uses_mxcsr(&instruction) {
+                continue;
+            }
+            let Some(stub) = stubs.get(&instruction) else {
+                continue;
+            };
+            // SAFETY: just made, and not dropped before the next is asked for.
+            let stub = unsafe { &*stub };
+            for value in VALUES {
+                state.regs[..16].fill(value);
+                for chunk in state.extended.0[ExtendedState::XMM..][..256].chunks_exact_mut(8) {
+                    chunk.copy_from_slice(&value.to_le_bytes());
+                }
+                let mut scratch = Scratch::new();
+                for chunk in scratch.memory.chunks_exact_mut(8) {
+                    chunk.copy_from_slice(&value.to_le_bytes());
+                }
+                host_mxcsr(0x1f80);
+                run(stub.code, &mut state, &mut scratch, 0);
+                let flags = host_mxcsr(0x1f80);
+                assert_eq!(flags, 0x1f80, "{:?} of {value:#x}", instruction.code());
+            }
+            count += 1;
+        }
+        assert!(count > 400, "{count}");
+    }
+
+    #[test]
+    fn the_host_executes_only_what_the_list_names() {
+        for (bytes, hosted) in [
+            (&[0x0f, 0x58, 0xc1][..], true),          // addps
+            (&[0xd8, 0xc1], true),                    // fadd
+            (&[0x9b], true),                          // fwait
+            (&[0x0f, 0x77], true),                    // emms
+            (&[0xf3, 0x0f, 0x2d, 0x03], true),        // cvtss2si eax, [rbx]
+            (&[0x0f, 0x01, 0xd6], false),             // xtest
+            (&[0x0f, 0x01, 0xd7], false),             // enclu
+            (&[0x0f, 0x01, 0xcf], false),             // encls
+            (&[0x0f, 0x01, 0xd5], false),             // xend
+            (&[0x0f, 0xae, 0xe8], false),             // lfence
+            (&[0x0f, 0x18, 0x03], false),             // prefetchnta
+            (&[0x0f, 0x05], false),                   // syscall
+            (&[0xcc], false),                         // int3
+            (&[0x66, 0x0f, 0x38, 0xf8, 0x03], false), // movdir64b
+            (&[0x0f, 0x0e], false),                   // femms
+        ] {
+            let instruction = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
+            assert_ne!(instruction.code(), Code::INVALID);
+            assert_eq!(form::is_hosted(&instruction), hosted, "{bytes:x?}");
+        }
+    }
+
+    #[test]
+    fn a_stub_is_made_once_and_fits_what_is_kept_free_for_it() {
+        crate::host::install_fault_handler();
+        let mut stubs = Stubs::new().unwrap();
+        let all = hosted();
+        for instruction in &all {
+            assert_eq!(stubs.get(instruction), stubs.get(instruction));
+        }
+        let store = stubs.0.get_mut();
+        assert!(store.stubs.len() > 600, "{}", store.stubs.len());
+        let mut factory = CodeMemory::new(BLOCK_BYTES, note_fault).unwrap();
+        for chunk in all.chunks(64) {
+            for instruction in chunk {
+                if let Some((body, renamed)) = rewrite(instruction) {
+                    let _ = build(&mut factory, instruction, &body, renamed);
+                }
+            }
+            assert!(factory.has_room(BLOCK_BYTES / 4));
+            factory.reset();
+        }
+    }
 }

@@ -164,7 +164,7 @@ impl Guest {
         let mut ept = Ept::new();
         ept.map(0, &memory, EPT_RWX);
         let machine = Machine::new();
-        let vcpu = Vcpu::new(&machine);
+        let vcpu = Vcpu::new(&machine).unwrap();
         let mut controls = Controls::new();
         controls.primary = PrimaryControls::SECONDARY
             | PrimaryControls::HLT_EXITING

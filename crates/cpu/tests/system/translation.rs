@@ -259,7 +259,7 @@ fn another_processors_store_into_code_is_seen() {
     let mut guest = long_guest();
     // Spins on `jmp $` until the other processor turns it into HLT.
     guest.load(&[0xeb, 0xfe]);
-    let mut other = Vcpu::new(&guest.machine);
+    let mut other = Vcpu::new(&guest.machine).unwrap();
     other.state = guest.vcpu.state.clone();
     guest.memory.write(
         CODE + 0x1000,
