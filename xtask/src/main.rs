@@ -1,6 +1,7 @@
 //! Developer chores: `cargo xtask <chore>`.
 
 mod check;
+mod compare;
 mod fetch;
 mod licences;
 mod selftests;
@@ -16,6 +17,15 @@ usage: cargo xtask <chore>
   check               everything CI checks; the first failing step ends it
   check <step>…       only these steps: format, licences, clippy, tests, models, doctests,
                       docs
+  compare [option…]   the same program on the host, under Eptide and under QEMU TCG, as a table;
+                      needs gcc and QEMU
+    --exec            QEMU on Eptide instead of eptide run
+    --two             two copies on two processors against one on one
+    --rounds N        best of N (3)       --quick        a tenth of the work
+    --parts a,b       only these          --engine NAME  EPTIDE_ENGINE for Eptide
+    --eptide PATH     instead of this tree's
+    --qemu PATH       instead of qemu-system-x86_64
+    --machine NAME    QEMU's -M (pc)
   fetch [package…]    guest material from Debian packages into the cache folder
                       (default: what the demo and the boot tests need)
   fetch --refresh …   the current version, even if the cache has one
@@ -28,6 +38,7 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = match arguments.as_slice() {
         ["check", steps @ ..] => check::run(steps),
+        ["compare", options @ ..] => compare::run(options),
         ["fetch", "--refresh", packages @ ..] => fetch::run(packages, true),
         ["fetch", packages @ ..] => fetch::run(packages, false),
         ["selftests", names @ ..] => selftests::run(names),

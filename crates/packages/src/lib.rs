@@ -18,6 +18,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod archive;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::io;

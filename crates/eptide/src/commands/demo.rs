@@ -5,11 +5,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use packages::Package;
+use packages::archive::{Archive, write_atomically};
 
 use super::run;
 use crate::cli::DemoArgs;
 use crate::initramfs::modules::Modules;
-use crate::initramfs::{Archive, write_atomically};
 use crate::machine::outcome::Outcome;
 use crate::machine::{ConsoleKind, MachineError};
 use crate::terminal;
