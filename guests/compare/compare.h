@@ -38,6 +38,11 @@ uint64_t fresh_memory(uint64_t count);
 uint64_t processes(uint64_t count);
 uint64_t ping_pong(uint64_t count);
 
+/* A part calls these around what is to be timed; the rest of it is preparation and checking. With
+ * several copies at once, `start_clock` waits for all of them. */
+void start_clock(void);
+void stop_clock(void);
+
 /* Prints why and ends the process; as init, the machine. */
 _Noreturn void fail(const char *what);
 

@@ -28,8 +28,10 @@ static void *memory(size_t size)
 uint64_t integer_loop(uint64_t count)
 {
     uint64_t state = SEED, sum = 0;
+    start_clock();
     while (count--)
         sum += xorshift(&state);
+    stop_clock();
     return sum;
 }
 
@@ -48,12 +50,14 @@ uint64_t crc(uint64_t count)
     for (size_t i = 0; i < sizeof data; i++)
         data[i] = xorshift(&state);
     uint32_t value = 0;
+    start_clock();
     while (count--) {
         value = ~value;
         for (size_t i = 0; i < sizeof data; i++)
             value = table[(value ^ data[i]) & 0xff] ^ value >> 8;
         value = ~value;
     }
+    stop_clock();
     return value;
 }
 
@@ -70,7 +74,9 @@ uint64_t quicksort(uint64_t count)
     uint64_t state = SEED, sum = 0;
     for (uint64_t i = 0; i < count; i++)
         numbers[i] = xorshift(&state);
+    start_clock();
     qsort(numbers, count, sizeof *numbers, ascending);
+    stop_clock();
     for (uint64_t i = 0; i < count; i++)
         sum = mix(sum, numbers[i]);
     free(numbers);
@@ -88,23 +94,27 @@ static uint64_t bits(double value)
 uint64_t floating_point(uint64_t count)
 {
     double x = 1.5, sum = 0;
+    start_clock();
     while (count--) {
         x = sqrt(x * 1.25 + 3.0 / x);
         sum += x;
     }
+    stop_clock();
     return mix(bits(x), bits(sum));
 }
 
 #define SIDE 256
 
-static OPAQUE void multiply(double (*product)[SIDE], double (*left)[SIDE], double (*right)[SIDE])
+/* Row by row, which caches like and compilers make packed operations of. */
+static OPAQUE void multiply(double (*restrict product)[SIDE], double (*restrict left)[SIDE],
+                            double (*restrict right)[SIDE])
 {
+    memset(product, 0, SIDE * sizeof *product);
     for (int row = 0; row < SIDE; row++)
-        for (int column = 0; column < SIDE; column++) {
-            double sum = 0;
-            for (int i = 0; i < SIDE; i++)
-                sum += left[row][i] * right[i][column];
-            product[row][column] = sum;
+        for (int i = 0; i < SIDE; i++) {
+            double factor = left[row][i];
+            for (int column = 0; column < SIDE; column++)
+                product[row][column] += factor * right[i][column];
         }
 }
 
@@ -117,8 +127,10 @@ uint64_t matrix(uint64_t count)
             left[row][column] = (int)(xorshift(&state) % 2001) / 1000.0 - 1.0;
             right[row][column] = (int)(xorshift(&state) % 2001) / 1000.0 - 1.0;
         }
+    start_clock();
     while (count--)
         multiply(product, left, right);
+    stop_clock();
     for (int row = 0; row < SIDE; row++)
         for (int column = 0; column < SIDE; column++)
             sum = mix(sum, bits(product[row][column]));
@@ -150,10 +162,12 @@ uint64_t chase(uint64_t count)
         nodes[order[i]].number = i;
     }
     const struct node *at = nodes;
+    start_clock();
     while (count--) {
         at = at->next;
         sum += at->number;
     }
+    stop_clock();
     free(order);
     free(nodes);
     return sum;
@@ -167,7 +181,8 @@ uint64_t copy(uint64_t count)
     uint64_t state = SEED, sum = 0;
     for (int i = 0; i < WORDS; i++)
         from[i] = xorshift(&state);
-    memset(to, 0, SIZE);
+    memset(hidden(to), 0, SIZE);
+    start_clock();
     for (uint64_t round = 0; round < count; round++) {
         memcpy(hidden(to), hidden(from), SIZE);
         to[round % WORDS] += round;
@@ -175,6 +190,7 @@ uint64_t copy(uint64_t count)
         from = to;
         to = other;
     }
+    stop_clock();
     for (int i = 0; i < WORDS; i += 61)
         sum = mix(sum, from[i]);
     free(from);
@@ -191,8 +207,10 @@ static OPAQUE __attribute__((optimize("no-optimize-sibling-calls"))) uint64_t fi
 uint64_t fibonacci(uint64_t count)
 {
     uint64_t sum = 0;
+    start_clock();
     while (count--)
         sum = mix(sum, fib(27));
+    stop_clock();
     return sum;
 }
 
@@ -210,7 +228,9 @@ uint64_t indirect_calls(uint64_t count)
     };
     uint64_t (*const *table)(uint64_t) = hidden((void *)steps);
     uint64_t value = SEED;
+    start_clock();
     for (uint64_t i = 0; i < count; i++)
         value = table[(i * 7 + (i >> 4)) & 15](value);
+    stop_clock();
     return value;
 }

@@ -17,6 +17,7 @@
  */
 #define _GNU_SOURCE
 #include <sched.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,15 +37,15 @@ static const struct part parts[] = {
     {"crc", USER, 2500, crc},
     {"quicksort", USER, 1000000, quicksort},
     {"floating-point", USER, 10000000, floating_point},
-    {"matrix", USER, 2, matrix},
+    {"matrix", USER, 3, matrix},
     {"chase", USER, 10000000, chase},
     {"memcpy", USER, 40, copy},
     {"fibonacci", USER, 60, fibonacci},
     {"indirect-calls", USER, 30000000, indirect_calls},
     {"getppid", SYSTEM, 1000000, system_calls},
-    {"fresh-memory", SYSTEM, 30, fresh_memory},
-    {"fork", SYSTEM, 1000, processes},
-    {"ping-pong", SYSTEM, 30000, ping_pong},
+    {"fresh-memory", SYSTEM, 25, fresh_memory},
+    {"fork", SYSTEM, 500, processes},
+    {"ping-pong", SYSTEM, 10000, ping_pong},
 };
 
 static void switch_off(void)
@@ -69,6 +70,35 @@ static uint64_t microseconds(void)
     if (clock_gettime(CLOCK_MONOTONIC, &now))
         fail("clock_gettime");
     return now.tv_sec * 1000000ull + now.tv_nsec / 1000;
+}
+
+/* What copies of a part share. */
+static struct copies {
+    atomic_int waited_for;
+    struct result {
+        uint64_t sum, time;
+    } results[MOST_COPIES];
+} *copies;
+
+static uint64_t started, stopped;
+
+void start_clock(void)
+{
+    atomic_fetch_sub(&copies->waited_for, 1);
+    while (atomic_load(&copies->waited_for) > 0)
+        sched_yield();
+    started = microseconds();
+}
+
+void stop_clock(void)
+{
+    stopped = microseconds();
+}
+
+static struct result timed(const struct part *part, uint64_t count)
+{
+    uint64_t sum = part->run(count);
+    return (struct result){sum, stopped - started};
 }
 
 static uint64_t setting(const char *name, uint64_t otherwise)
@@ -102,45 +132,44 @@ static void stay_on(int processor)
         fail("sched_setaffinity");
 }
 
-/* Runs a part in `copies` processes at once; their checksum, which must be the same. */
-static uint64_t side_by_side(const struct part *part, uint64_t count, int copies)
+/* Runs a part in `number` processes at once; their sum, which must be the same, and the slowest's
+ * time. */
+static struct result side_by_side(const struct part *part, uint64_t count, int number)
 {
-    int flags = MAP_SHARED | MAP_ANONYMOUS;
-    uint64_t *sums = mmap(NULL, MOST_COPIES * sizeof *sums, PROT_READ | PROT_WRITE, flags, -1, 0);
-    if (sums == MAP_FAILED)
-        fail("mmap");
     fflush(stdout);
-    for (int copy = 0; copy < copies; copy++) {
+    for (int copy = 0; copy < number; copy++) {
         pid_t child = fork();
         if (child < 0)
             fail("fork");
         if (child == 0) {
             stay_on(copy);
-            sums[copy] = part->run(count);
+            copies->results[copy] = timed(part, count);
             _exit(0);
         }
     }
-    for (int copy = 0; copy < copies; copy++) {
+    for (int copy = 0; copy < number; copy++) {
         int status;
         if (wait(&status) < 0 || status)
             fail("a copy");
     }
-    uint64_t sum = sums[0];
-    for (int copy = 1; copy < copies; copy++)
-        if (sums[copy] != sum)
+    struct result found = copies->results[0];
+    for (int copy = 1; copy < number; copy++) {
+        const struct result *other = &copies->results[copy];
+        if (other->sum != found.sum)
             fail("the copies' checksums differ");
-    munmap(sums, MOST_COPIES * sizeof *sums);
-    return sum;
+        if (other->time > found.time)
+            found.time = other->time;
+    }
+    return found;
 }
 
-static void run(const struct part *part, uint64_t divide, int copies)
+static void run(const struct part *part, uint64_t divide, int number)
 {
     uint64_t count = part->count / divide ? part->count / divide : 1;
-    uint64_t start = microseconds();
-    uint64_t sum = copies > 0 ? side_by_side(part, count, copies) : part->run(count);
-    uint64_t time = microseconds() - start;
+    copies->waited_for = number ? number : 1;
+    struct result found = number ? side_by_side(part, count, number) : timed(part, count);
     printf("compare: part %s %s %016llx %llu\n", part->kind == USER ? "user" : "system", part->name,
-           (unsigned long long)sum, (unsigned long long)time);
+           (unsigned long long)found.sum, (unsigned long long)found.time);
     fflush(stdout);
 }
 
@@ -155,12 +184,16 @@ int main(void)
     fflush(stdout);
     const char *wanted = getenv("compare_parts");
     uint64_t divide = setting("compare_divide", 1);
-    uint64_t copies = setting("compare_copies", 0);
-    if (copies > MOST_COPIES)
+    uint64_t number = setting("compare_copies", 0);
+    if (number > MOST_COPIES)
         fail("compare_copies");
+    int flags = MAP_SHARED | MAP_ANONYMOUS;
+    copies = mmap(NULL, sizeof *copies, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (copies == MAP_FAILED)
+        fail("mmap");
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         if (!wanted || is_in(wanted, parts[i].name))
-            run(&parts[i], divide, copies);
+            run(&parts[i], divide, number);
     printf("compare: end %llu\n", (unsigned long long)(microseconds() - start));
     fflush(stdout);
     if (getpid() == 1)

@@ -12,8 +12,10 @@ uint64_t system_calls(uint64_t count)
 {
     long parent = syscall(SYS_getppid);
     uint64_t same = 0;
+    start_clock();
     while (count--)
         same += syscall(SYS_getppid) == parent;
+    stop_clock();
     return same;
 }
 
@@ -22,6 +24,7 @@ uint64_t fresh_memory(uint64_t count)
 {
     enum { SIZE = 16 << 20, PAGE = 4096 };
     uint64_t sum = 0;
+    start_clock();
     while (count--) {
         int flags = MAP_PRIVATE | MAP_ANONYMOUS;
         volatile uint8_t *memory = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, flags, -1, 0);
@@ -30,12 +33,12 @@ uint64_t fresh_memory(uint64_t count)
         /* Pages one by one, whatever the machine's kernel does with huge pages. */
         madvise((void *)memory, SIZE, MADV_NOHUGEPAGE);
         for (uint64_t at = 0; at < SIZE; at += PAGE) {
-            sum = mix(sum, memory[at]);
             memory[at] = at / PAGE + count;
-            sum = mix(sum, memory[at]);
+            sum = mix(sum, memory[at] + memory[at + 1]);
         }
         munmap((void *)memory, SIZE);
     }
+    stop_clock();
     return sum;
 }
 
@@ -44,6 +47,7 @@ uint64_t processes(uint64_t count)
 {
     uint64_t sum = 0;
     fflush(stdout);
+    start_clock();
     for (uint64_t i = 0; i < count; i++) {
         pid_t child = fork();
         if (child < 0)
@@ -55,6 +59,7 @@ uint64_t processes(uint64_t count)
             fail("waitpid");
         sum = mix(sum, WEXITSTATUS(status));
     }
+    stop_clock();
     return sum;
 }
 
@@ -88,10 +93,12 @@ uint64_t ping_pong(uint64_t count)
         _exit(0);
     }
     uint64_t value = 1;
+    start_clock();
     for (uint64_t i = 0; i < count; i++) {
         pass(there[1], value);
         value = receive(back[0]);
     }
+    stop_clock();
     waitpid(child, NULL, 0);
     close(there[0]);
     close(there[1]);
