@@ -59,7 +59,7 @@ struct Choice {
     widen: fn(&Case<'_>, &mut Freedom),
 }
 
-const CHOICES: [Choice; 11] = [
+const CHOICES: [Choice; 12] = [
     Choice {
         what: "flags that an instruction leaves undefined",
         source: "SDM volume 2, \"Flags Affected\" of each instruction",
@@ -73,6 +73,20 @@ const CHOICES: [Choice; 11] = [
             let operands = case.operands();
             let plausible = |trap: &Trap| operands.iter().any(|o| o.may_raise(trap));
             if operands.len() > 1 && plausible(&case.native.1) && plausible(&case.guest.1) {
+                freedom.fault = FaultFreedom::Any;
+            }
+        },
+    },
+    Choice {
+        what: "whether BOUND reads the upper bound when the index is below the lower one",
+        source: "SDM volume 3, \"Priority Among Concurrent Events\"",
+        widen: |case, freedom| {
+            let operands = case.operands();
+            let of_memory = |trap: &Trap| operands.iter().any(|o| o.may_raise(trap));
+            let (native, guest) = (&case.native.1, &case.guest.1);
+            let is_either =
+                native.vector == 5 && of_memory(guest) || guest.vector == 5 && of_memory(native);
+            if case.instruction.mnemonic() == Mnemonic::Bound && is_either {
                 freedom.fault = FaultFreedom::Any;
             }
         },
