@@ -21,7 +21,7 @@ impl From<HostFault> for Gone {
 impl GuestMemory {
     /// Makes the process ready for such accesses.
     pub fn new() -> GuestMemory {
-        host::install_fault_handler();
+        crate::faults::install();
         GuestMemory(())
     }
 

@@ -3,8 +3,8 @@
 //! Guest memory belongs to the program that made the virtual machine; it may unmap it, or
 //! truncate the file behind it, while a processor runs. Every access to it is one instruction
 //! whose address and resume point stand in the section `eptide_fixup`. The handler for SIGSEGV
-//! and SIGBUS looks the faulting instruction up there, sets RCX to 1 and resumes behind it; any
-//! other fault goes on to whoever handled the signal before.
+//! and SIGBUS ([`crate::faults`]) looks the faulting instruction up there, sets RCX to 1 and resumes
+//! behind it; any other fault is the program's.
 //!
 //! Aligned accesses of up to 8 bytes are single host instructions, so guests get the host's
 //! atomicity and memory ordering, which are the guest's own.
@@ -12,8 +12,6 @@
 pub(crate) mod code_memory;
 
 use std::arch::asm;
-use std::sync::Once;
-use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 
 /// The memory at the address cannot be accessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -283,77 +281,15 @@ fn resume_point(rip: u64) -> Option<u64> {
     None
 }
 
-/// Faults of host accesses, and of generated code.
-const SIGNALS: [libc::c_int; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];
-
-/// What handled a signal before: the handler and its flags.
-static PREVIOUS: [(AtomicUsize, AtomicI32); SIGNALS.len()] =
-    [const { (AtomicUsize::new(libc::SIG_DFL), AtomicI32::new(0)) }; SIGNALS.len()];
-
-/// Installs the handler, once per process, in front of what handles the signals now.
-pub(crate) fn install_fault_handler() {
-    static INSTALL: Once = Once::new();
-    INSTALL.call_once(claim_faults);
-}
-
-/// Puts the handler that processors need for faults of memory accesses in front of those that the
-/// program has installed since, which get what is none of the processors'. Async-signal-safe.
-pub fn claim_faults() {
-    for (signal, (handler, flags)) in SIGNALS.into_iter().zip(&PREVIOUS) {
-        // SAFETY: the structures are valid for the calls, and the handler is one of this kind.
-        unsafe {
-            let mut action: libc::sigaction = core::mem::zeroed();
-            libc::sigaction(signal, core::ptr::null(), &mut action);
-            if action.sa_sigaction == on_fault as *const () as usize {
-                continue;
-            }
-            flags.store(action.sa_flags, Ordering::Relaxed);
-            handler.store(action.sa_sigaction, Ordering::Release);
-            action = core::mem::zeroed();
-            action.sa_sigaction = on_fault as *const () as usize;
-            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
-            libc::sigaction(signal, &action, core::ptr::null_mut());
-        }
-    }
-}
-
-extern "C" fn on_fault(
-    signal: libc::c_int,
-    info: *mut libc::siginfo_t,
-    context: *mut libc::c_void,
-) {
-    // SAFETY: the kernel passes a valid ucontext to an SA_SIGINFO handler.
-    let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+/// Deals with a fault at `registers` if one of this crate's instructions raised it.
+pub(crate) fn on_fault(registers: &mut [libc::greg_t]) -> bool {
     let rip = registers[libc::REG_RIP as usize] as u64;
     if let Some(resume) = resume_point(rip) {
         registers[libc::REG_RIP as usize] = resume as i64;
         registers[libc::REG_RCX as usize] = 1;
-        return;
+        return true;
     }
-    if code_memory::resume_at_fixup(registers) {
-        return;
-    }
-    let which = SIGNALS.iter().position(|s| *s == signal).unwrap_or(0);
-    let (previous, flags) = &PREVIOUS[which];
-    match previous.load(Ordering::Acquire) {
-        libc::SIG_IGN | libc::SIG_DFL => {
-            // SAFETY: restores the default action and returns; the instruction faults again.
-            unsafe {
-                libc::signal(signal, libc::SIG_DFL);
-            }
-        }
-        handler if flags.load(Ordering::Relaxed) & libc::SA_SIGINFO != 0 => {
-            // SAFETY: the address is a handler of this type, as its flags say.
-            let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
-                unsafe { core::mem::transmute(handler) };
-            handler(signal, info, context);
-        }
-        handler => {
-            // SAFETY: the address is a plain handler, as its flags say.
-            let handler: extern "C" fn(libc::c_int) = unsafe { core::mem::transmute(handler) };
-            handler(signal);
-        }
-    }
+    code_memory::resume_at_fixup(registers)
 }
 
 #[cfg(test)]
@@ -389,7 +325,7 @@ mod tests {
 
     #[test]
     fn accesses_to_mapped_memory_work() {
-        install_fault_handler();
+        crate::faults::install();
         let page = Page::new(libc::PROT_READ | libc::PROT_WRITE);
         // SAFETY: the page is this test's own.
         unsafe {
@@ -413,7 +349,7 @@ mod tests {
 
     #[test]
     fn a_fault_is_an_error_and_not_a_death() {
-        install_fault_handler();
+        crate::faults::install();
         let page = Page::new(libc::PROT_NONE);
         // SAFETY: the page is inaccessible, which is what is tested.
         unsafe {

@@ -13,7 +13,7 @@
 //! | `vmx`, `entry_checks` | VM entry and exit, single-instruction emulation |
 //! | `execute` | the loop and the instruction handlers |
 //! | `decode`, `op`, `code` | bytes to ops, and the cache of them |
-//! | `memory`, `update`, `tlb`, `walk_cache`, `second_stage`, `host`, `guest_memory` | linear address to host access |
+//! | `memory`, `update`, `tlb`, `walk_cache`, `second_stage`, `host`, `faults`, `guest_memory` | linear address to host access |
 //! | `event`, `segmentation` | exceptions, interrupts, descriptors |
 //! | `virtual_apic` | virtual interrupts and accesses to the APIC |
 //! | `vector` | x87, SIMD and extended state, by the host's own instructions |
@@ -28,6 +28,7 @@ mod decode;
 mod entry_checks;
 mod event;
 mod execute;
+pub mod faults;
 mod features;
 mod guest_memory;
 mod host;
@@ -47,7 +48,6 @@ mod walk_cache;
 
 pub use controls::{Controls, ShadowRoot};
 pub use guest_memory::{Gone, GuestMemory};
-pub use host::claim_faults;
 pub use machine::{Attention, Machine};
 pub use state::{CpuState, ExtendedState, Gpr, LazyFlags, Msrs, XSAVE_AREA};
 pub use vcpu::{Bus, BusResponse, Emulated, Flush, MmioHint, Observer, Statistics, Vcpu};

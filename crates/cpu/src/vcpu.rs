@@ -266,7 +266,7 @@ impl Vcpu {
     /// A processor in its reset state, offering every feature of this host. The error is the host's,
     /// which has no memory for generated code.
     pub fn new(machine: &Arc<Machine>) -> std::io::Result<Box<Vcpu>> {
-        crate::host::install_fault_handler();
+        crate::faults::install();
         let state = CpuState::reset();
         let paging_selected = GuestControls {
             cr0: state.cr0,

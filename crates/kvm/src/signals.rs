@@ -23,11 +23,15 @@
 //! A handler that was put off finds in its context where KVM_RUN was interrupted; changes to it
 //! have no effect.
 //!
-//! Not covered, and thus run at once without ending KVM_RUN: signals that instructions raise
-//! (SIGSEGV and the like), handlers that are used once (`SA_RESETHAND`), a handler installed a few
-//! milliseconds ago while vCPUs ran, and handlers beyond [`GATES`] different ones.
+//! Of signals that instructions raise, a processor needs some itself and keeps the program's
+//! dispositions of them ([`cpu::faults`]). Those that were sent are put off like any other; those
+//! that an instruction raised are handled at once.
+//!
+//! Not covered, and thus run at once without ending KVM_RUN: a handler installed a few milliseconds
+//! ago while vCPUs ran, and handlers beyond [`GATES`] different ones.
 
 use crate::mailbox::{Mailbox, Request};
+use cpu::faults::{self, Disposition};
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, compiler_fence};
@@ -35,18 +39,6 @@ use std::sync::{Mutex, PoisonError};
 
 type Handler = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
 
-/// The kernel's `struct sigaction`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-struct Disposition {
-    handler: usize,
-    flags: u64,
-    restorer: usize,
-    mask: u64,
-}
-
-/// Disposition flag: the handler is used once.
-const ONCE: u64 = libc::SA_RESETHAND as u32 as u64;
 /// Disposition flag: the signal is not blocked while its handler runs.
 const AGAIN: u64 = libc::SA_NODEFER as u64;
 /// Disposition flag: the kernel fills in the information on the signal.
@@ -55,7 +47,7 @@ const INFORMED: u64 = libc::SA_SIGINFO as u64;
 const SET_SIZE: usize = size_of::<u64>();
 /// The highest signal.
 const LAST: i32 = 64;
-/// Signals that instructions raise: they are handled where they arise.
+/// Signals that instructions raise: those are handled where they arise.
 const SYNCHRONOUS: [i32; 6] = [
     libc::SIGSEGV,
     libc::SIGBUS,
@@ -64,6 +56,16 @@ const SYNCHRONOUS: [i32; 6] = [
     libc::SIGTRAP,
     libc::SIGSYS,
 ];
+
+/// Those of them that processors need: their dispositions are kept by [`cpu::faults`].
+const KEPT_SIGNALS: [i32; faults::SIGNALS.len()] = faults::SIGNALS;
+
+/// The set of them.
+fn kept_signals() -> u64 {
+    KEPT_SIGNALS
+        .iter()
+        .fold(0, |set, &signal| set | bit(signal))
+}
 
 /// The signal's bit in a kernel signal set.
 const fn bit(signal: i32) -> u64 {
@@ -118,8 +120,11 @@ struct ThreadState {
     mailbox: Cell<*const Mailbox>,
     /// A signal came that ends KVM_RUN.
     arrived: Cell<bool>,
-    /// The signals that instructions raise are not blocked: some programs' threads block all.
-    takes_faults: Cell<bool>,
+    /// Those of the kept signals that the thread blocks, if that is known: some programs' threads
+    /// block all. They are let through while KVM_RUN is in progress.
+    blocks: Cell<Option<u64>>,
+    /// Kept signals that were sent although the thread blocks them: pending in truth.
+    held: [Cell<Noted>; KEPT_SIGNALS.len()],
     /// Entries of `noted` that gates took. A gate that interrupts another takes the next.
     taken: AtomicUsize,
     noted: [Cell<Noted>; NOTED],
@@ -130,7 +135,8 @@ thread_local! {
         ThreadState {
             mailbox: Cell::new(std::ptr::null()),
             arrived: Cell::new(false),
-            takes_faults: Cell::new(false),
+            blocks: Cell::new(None),
+            held: [const { Cell::new(Noted::NONE) }; KEPT_SIGNALS.len()],
             taken: AtomicUsize::new(0),
             noted: [const { Cell::new(Noted::NONE) }; NOTED],
         }
@@ -152,8 +158,10 @@ impl<'a> Run<'a> {
     pub(crate) fn begin(mailbox: &'a Mailbox) -> Run<'a> {
         THREAD.with(|thread| {
             thread.arrived.set(false);
-            if !thread.takes_faults.replace(true) {
-                change_mask(libc::SIG_UNBLOCK, !ASYNCHRONOUS);
+            if thread.mailbox.get().is_null() && thread.blocks.get() != Some(0) {
+                faults::observe_sent(put_off_sent);
+                let before = change_mask(libc::SIG_UNBLOCK, kept_signals());
+                thread.blocks.set(Some(before & kept_signals()));
             }
             Run {
                 outer: thread.mailbox.replace(mailbox),
@@ -186,7 +194,35 @@ impl Drop for Run<'_> {
             } else if let Some(before) = before {
                 change_mask(libc::SIG_SETMASK, before);
             }
+            if self.outer.is_null() && thread.blocks.get().is_some_and(|set| set != 0) {
+                give_back(thread);
+            }
         });
+    }
+}
+
+/// Blocks the kept signals again that the thread blocks; what was sent meanwhile is pending.
+#[cold]
+fn give_back(thread: &ThreadState) {
+    change_mask(libc::SIG_BLOCK, thread.blocks.get().unwrap_or(0));
+    for held in &thread.held {
+        let mut noted = held.replace(Noted::NONE);
+        if noted.signal == 0 {
+            continue;
+        }
+        let info = noted.info.as_mut_ptr();
+        // SAFETY: to the calling thread or process, with what the kernel said of the signal, which
+        // is there where the signal's number is.
+        unsafe {
+            let process = libc::syscall(libc::SYS_getpid);
+            if (*info).si_code == libc::SI_TKILL {
+                let thread = libc::syscall(libc::SYS_gettid);
+                let call = libc::SYS_rt_tgsigqueueinfo;
+                libc::syscall(call, process, thread, noted.signal, info);
+            } else {
+                libc::syscall(libc::SYS_rt_sigqueueinfo, process, noted.signal, info);
+            }
+        }
     }
 }
 
@@ -258,24 +294,70 @@ pub(crate) fn while_blocked<T>(body: impl FnOnce() -> T) -> T {
 /// How many different handlers can be covered.
 pub(crate) const GATES: usize = 64;
 
+/// In the place of a gate: the signal is one whose disposition the processors keep.
+const KEPT: usize = GATES;
+
 /// The handler behind each gate; 0 while the gate is free. Set once, under [`cover`]'s lock.
 static HANDLERS: [AtomicUsize; GATES] = [const { AtomicUsize::new(0) }; GATES];
 
 /// What is blocked, besides what the thread blocks, while a signal's handler runs.
 static MASKS: [AtomicU64; LAST as usize + 1] = [const { AtomicU64::new(0) }; LAST as usize + 1];
 
+/// The handler of a signal was installed without `SA_SIGINFO`.
+static UNINFORMED: [AtomicBool; LAST as usize + 1] =
+    [const { AtomicBool::new(false) }; LAST as usize + 1];
+
 extern "C" fn gate<const N: usize>(
     signal: libc::c_int,
     info: *mut libc::siginfo_t,
     context: *mut libc::c_void,
 ) {
-    if !put_off(N, signal, info, context) {
+    // SAFETY: the kernel filled in the information.
+    let is_raised = SYNCHRONOUS.contains(&signal) && unsafe { faults::is_raised(info) };
+    if is_raised || !put_off(N, signal, info, context) {
         call(N, signal, info, context);
     }
 }
 
+/// Puts off a signal that was sent and whose disposition the processors keep, if the program
+/// handles it.
+fn put_off_sent(
+    signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    context: *mut libc::c_void,
+) -> bool {
+    if hold(signal, info) {
+        return true;
+    }
+    let special = [libc::SIG_DFL, libc::SIG_IGN];
+    let program = faults::exchange_program(signal, None);
+    program.is_some_and(|program| !special.contains(&program.handler))
+        && put_off(KEPT, signal, info, context)
+}
+
+/// Keeps a signal for the end of KVM_RUN that would be pending if KVM_RUN did not let it through.
+fn hold(signal: libc::c_int, info: *mut libc::siginfo_t) -> bool {
+    THREAD.with(|thread| {
+        let blocks = thread.blocks.get().unwrap_or(0);
+        let is_held = !thread.mailbox.get().is_null() && blocks & bit(signal) != 0;
+        let place = KEPT_SIGNALS.iter().position(|&kept| kept == signal);
+        if let Some(place) = place.filter(|_| is_held) {
+            thread.held[place].set(Noted {
+                signal,
+                // SAFETY: the kernel filled it in for this delivery.
+                info: MaybeUninit::new(unsafe { info.read() }),
+                ..Noted::NONE
+            });
+        }
+        is_held
+    })
+}
+
 /// Calls the handler behind a gate.
 fn call(gate: usize, signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    if gate == KEPT {
+        return faults::forward(signal, info, context);
+    }
     let handler = HANDLERS[gate].load(Ordering::Acquire);
     // SAFETY: a gate is installed after its handler was stored, which was the address of a
     // handler in the program's disposition. Handlers of one argument do not look at the others.
@@ -372,8 +454,7 @@ fn gate_of(handler: usize) -> Option<usize> {
 
 /// The disposition with its handler covered, if it has one to cover.
 fn covered(found: &Disposition) -> Option<Disposition> {
-    let special = [libc::SIG_DFL, libc::SIG_IGN].contains(&found.handler);
-    if special || found.flags & ONCE != 0 {
+    if [libc::SIG_DFL, libc::SIG_IGN].contains(&found.handler) {
         return None;
     }
     let is_gate = GATE_FUNCTIONS
@@ -403,13 +484,13 @@ fn is_coverable(signal: i32) -> bool {
     let unblockable = [libc::SIGKILL, libc::SIGSTOP].contains(&signal);
     (1..=LAST).contains(&signal)
         && !unblockable
-        && !SYNCHRONOUS.contains(&signal)
+        && !KEPT_SIGNALS.contains(&signal)
         && !reserved.contains(&signal)
 }
 
 /// Covers the handlers that the program has installed.
 pub(crate) fn cover() {
-    cpu::claim_faults();
+    faults::claim();
     // Who is just doing it may have looked before the caller's handler was installed.
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     (1..=LAST)
@@ -421,8 +502,8 @@ pub(crate) fn cover() {
 /// without this call, that is so when a vCPU next begins to run, or some milliseconds later.
 /// Async-signal-safe, and safe in the child of a fork.
 pub fn cover_signal_handler(signal: libc::c_int) {
-    if SYNCHRONOUS.contains(&signal) {
-        cpu::claim_faults();
+    if KEPT_SIGNALS.contains(&signal) {
+        faults::claim();
     }
     if !is_coverable(signal) {
         return;
@@ -448,6 +529,7 @@ fn cover_signal(signal: i32) {
     let Some(mut put) = covered(&found) else {
         return;
     };
+    UNINFORMED[signal as usize].store(found.flags & INFORMED == 0, Ordering::Relaxed);
     let mut expected = found;
     // The program may set another disposition in between: then that one is what is wanted, and
     // it is covered or put back.
@@ -456,7 +538,25 @@ fn cover_signal(signal: i32) {
             return;
         }
         (expected, found) = (put, replaced);
+        UNINFORMED[signal as usize].store(found.flags & INFORMED == 0, Ordering::Relaxed);
         put = covered(&found).unwrap_or(found);
+    }
+}
+
+/// What the program meant by a disposition that the kernel has: the handler behind a gate, as it
+/// was installed. Async-signal-safe.
+pub fn as_the_program_meant(signal: libc::c_int, found: Disposition) -> Disposition {
+    let mut gates = GATE_FUNCTIONS.iter();
+    let Some(gate) = gates.position(|&gate| gate as usize == found.handler) else {
+        return found;
+    };
+    let is_uninformed = UNINFORMED
+        .get(signal as usize)
+        .is_some_and(|uninformed| uninformed.load(Ordering::Relaxed));
+    Disposition {
+        handler: HANDLERS[gate].load(Ordering::Acquire),
+        flags: found.flags & !if is_uninformed { INFORMED } else { 0 },
+        ..found
     }
 }
 
@@ -491,8 +591,12 @@ mod tests {
         for handler in [libc::SIG_DFL, libc::SIG_IGN] {
             assert_eq!(covered(&Disposition { handler, ..mine }), None);
         }
-        let flags = mine.flags | ONCE;
-        assert_eq!(covered(&Disposition { flags, ..mine }), None);
+        let once = Disposition {
+            flags: mine.flags | libc::SA_RESETHAND as u32 as u64,
+            ..mine
+        };
+        let put = covered(&once).unwrap();
+        assert_eq!(put.flags, once.flags | INFORMED, "the kernel resets it");
     }
 
     #[test]

@@ -184,6 +184,11 @@ pub(crate) fn handler_installed(signal: libc::c_int) {
     }
 }
 
+/// Whether there are or were objects.
+pub(crate) fn is_used() -> bool {
+    IS_USED.load(Ordering::Relaxed)
+}
+
 /// A panic must not reach the program, which is in another language.
 fn guarded(body: impl FnOnce() -> Result<libc::c_int, i32>) -> Result<libc::c_int, i32> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or(Err(libc::EIO))
@@ -245,9 +250,11 @@ pub(crate) fn interrupt_vcpus() {
 fn count_forks() {
     extern "C" fn forked() {
         PROCESS.fetch_add(1, Ordering::Relaxed);
+        kvm::release_kept_signals();
     }
     static COUNTS: OnceLock<()> = OnceLock::new();
-    // SAFETY: the function may be called in a child with one thread: it only counts.
+    // SAFETY: the function may be called in a child with one thread: it counts, and makes system
+    // calls.
     COUNTS.get_or_init(|| unsafe {
         libc::pthread_atfork(None, None, Some(forked));
     });

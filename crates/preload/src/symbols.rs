@@ -247,41 +247,6 @@ pub(crate) unsafe extern "C" fn munmap(address: *mut c_void, length: size_t) -> 
     })
 }
 
-/// `sigaction`: a handler ends KVM_RUN as soon as it is installed.
-///
-/// # Safety
-///
-/// As of the C library's.
-#[unsafe(no_mangle)]
-pub(crate) unsafe extern "C" fn sigaction(
-    signal: c_int,
-    new: *const libc::sigaction,
-    old: *mut libc::sigaction,
-) -> c_int {
-    let result = next!(sigaction(
-        signal: c_int,
-        new: *const libc::sigaction,
-        old: *mut libc::sigaction
-    ) -> c_int);
-    // Not for who only looks, as that call itself does.
-    if !new.is_null() {
-        objects::handler_installed(signal);
-    }
-    result
-}
-
-/// `signal`, likewise.
-///
-/// # Safety
-///
-/// As of the C library's.
-#[unsafe(no_mangle)]
-pub(crate) unsafe extern "C" fn signal(signal: c_int, handler: usize) -> usize {
-    let old = next!(signal(signal: c_int, handler: usize) -> usize);
-    objects::handler_installed(signal);
-    old
-}
-
 /// `mmap`: into a vCPU's mapping goes the page that all vCPUs of a VM share.
 ///
 /// # Safety

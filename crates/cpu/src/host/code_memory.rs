@@ -339,7 +339,7 @@ mod tests {
 
     #[test]
     fn code_runs_and_its_faults_resume_at_fixups() {
-        super::super::install_fault_handler();
+        crate::faults::install();
         let mut memory = CodeMemory::new(4096, in_rax).unwrap();
         // MOV EAX, 5; RET
         let plain = memory.add(&[0xb8, 5, 0, 0, 0, 0xc3], &[]).unwrap();

@@ -585,7 +585,7 @@ mod tests {
 
     #[test]
     fn what_runs_with_the_hosts_mxcsr_is_no_arithmetic() {
-        crate::host::install_fault_handler();
+        crate::faults::install();
         let stubs = Stubs::new().unwrap();
         let mut state = Box::new(CpuState::reset());
         let mut count = 0;
@@ -645,7 +645,7 @@ mod tests {
 
     #[test]
     fn a_stub_is_made_once_and_fits_what_is_kept_free_for_it() {
-        crate::host::install_fault_handler();
+        crate::faults::install();
         let mut stubs = Stubs::new().unwrap();
         let all = hosted();
         for instruction in &all {
