@@ -21,6 +21,7 @@ usage: cargo xtask <chore>
                       needs gcc and QEMU
     --exec            QEMU on Eptide instead of eptide run
     --two             two copies on two processors against one on one
+    --programs        programs of Debian packages instead of guests/compare
     --rounds N        best of N (3)       --quick        a tenth of the work
     --parts a,b       only these          --engine NAME  EPTIDE_ENGINE for Eptide
     --eptide PATH     instead of this tree's

@@ -1,4 +1,4 @@
-//! What is run: the program of `guests/compare`, its initramfs, and a stock kernel.
+//! What is run: a stock kernel, and the program of `guests/compare` as its init.
 
 use std::fs;
 use std::hash::{DefaultHasher, Hasher};
@@ -16,29 +16,36 @@ const FLAGS: [&str; 4] = ["-O2", "-static", "-Wall", "-Wextra"];
 pub(super) struct Guest {
     pub(super) kernel: PathBuf,
     pub(super) initramfs: PathBuf,
-    /// The program that is the initramfs's init.
-    pub(super) program: PathBuf,
 }
 
-impl Guest {
-    /// Makes what is not in the cache folder yet.
-    pub(super) fn prepare() -> Result<Self, String> {
-        let cache = packages::cache_folder().map_err(|error| error.to_string())?;
-        let package = Package::obtain(&cache, KERNEL, &mut |line: &str| eprintln!("{line}"))
-            .map_err(|error| format!("{KERNEL}: {error}"))?;
-        let kernel = package.file("boot", "vmlinuz-");
-        let program = program(&cache.join("compare"))?;
-        Ok(Self {
-            kernel: kernel.map_err(|error| error.to_string())?,
-            initramfs: initramfs(&program)?,
-            program,
-        })
-    }
+/// The guest whose init is the program of `guests/compare`, and that program. Makes what is not in
+/// the cache folder yet.
+pub(super) fn prepare() -> Result<(Guest, PathBuf), String> {
+    let cache = packages::cache_folder().map_err(|error| error.to_string())?;
+    let program = program(&cache.join("compare"))?;
+    let guest = Guest {
+        kernel: kernel(&cache)?,
+        initramfs: initramfs(&program)?,
+    };
+    Ok((guest, program))
+}
+
+pub(super) fn kernel(cache: &Path) -> Result<PathBuf, String> {
+    let package = Package::obtain(cache, KERNEL, &mut |line: &str| eprintln!("{line}"))
+        .map_err(|error| format!("{KERNEL}: {error}"))?;
+    let kernel = package.file("boot", "vmlinuz-");
+    kernel.map_err(|error| error.to_string())
+}
+
+/// A folder of the repository's guests.
+pub(super) fn source(name: &str) -> PathBuf {
+    let guests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guests");
+    guests.join(name)
 }
 
 /// The built program. Its name tells versions of the source apart, of which several may be about.
 fn program(folder: &Path) -> Result<PathBuf, String> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guests/compare");
+    let source = source("compare");
     let mut files: Vec<PathBuf> = fs::read_dir(&source)
         .map_err(|error| format!("{}: {error}", source.display()))?
         .flatten()
@@ -85,6 +92,6 @@ fn initramfs(program: &Path) -> Result<PathBuf, String> {
     Ok(path)
 }
 
-fn read(file: &Path) -> Result<Vec<u8>, String> {
+pub(super) fn read(file: &Path) -> Result<Vec<u8>, String> {
     fs::read(file).map_err(|error| format!("{}: {error}", file.display()))
 }

@@ -54,8 +54,8 @@ impl Task {
 /// A command that boots a guest, without what it boots.
 #[derive(Debug)]
 pub(super) enum Machine<'a> {
-    /// The host itself.
-    Native,
+    /// The host itself, which runs the program that is init elsewhere.
+    Native { program: &'a Path },
     /// `eptide run`.
     Eptide {
         program: &'a Path,
@@ -75,7 +75,7 @@ pub(super) enum Machine<'a> {
 impl Machine<'_> {
     pub(super) fn name(&self) -> &'static str {
         match self {
-            Machine::Native => "native",
+            Machine::Native { .. } => "native",
             Machine::Eptide { .. } => "Eptide",
             Machine::Tcg { .. } => "TCG",
             Machine::Exec { .. } => "QEMU on Eptide",
@@ -84,8 +84,8 @@ impl Machine<'_> {
 
     fn command(&self, guest: &Guest, task: &Task) -> Command {
         match self {
-            Machine::Native => {
-                let mut command = Command::new(&guest.program);
+            Machine::Native { program } => {
+                let mut command = Command::new(program);
                 command.envs(task.settings());
                 command
             }

@@ -7,6 +7,7 @@
 mod guest;
 mod machine;
 mod options;
+mod programs;
 mod results;
 mod table;
 
@@ -29,11 +30,10 @@ pub(crate) fn run(arguments: &[&str]) -> Outcome {
         Some(program) => program.clone(),
         None => build_eptide()?,
     };
-    let guest = Guest::prepare()?;
     let engine = options.engine.as_deref();
     let (qemu, board) = (options.qemu.as_path(), options.board.as_str());
     let ours = match options.mode {
-        Mode::Run | Mode::Two => Machine::Eptide {
+        Mode::Run | Mode::Two | Mode::Programs => Machine::Eptide {
             program: &eptide,
             engine,
         },
@@ -49,23 +49,39 @@ pub(crate) fn run(arguments: &[&str]) -> Outcome {
         divide: options.quick.then_some(10),
         copies: None,
     };
+    let theirs = Machine::Tcg { qemu, board };
     let table = match options.mode {
-        Mode::Two => two(&guest, &ours, &task, options.rounds)?,
-        Mode::Run | Mode::Exec => {
-            let machines = [Machine::Native, ours, Machine::Tcg { qemu, board }];
-            let turns = machines.each_ref().map(|machine| (machine, task.clone()));
-            let [native, our_best, their_best] = take_turns(&guest, &turns, options.rounds)?;
-            let [_, ours, theirs] = machines.each_ref().map(Machine::name);
-            table::machines(&native, (ours, &our_best), (theirs, &their_best))
-        }
+        Mode::Two => two(&ours, &task, options.rounds)?,
+        Mode::Run | Mode::Exec => parts(&ours, &theirs, &task, options.rounds)?,
+        Mode::Programs => programs(&ours, &theirs, &task, options.rounds)?,
     };
     println!("{table}");
     Ok(())
 }
 
+/// Our program on the host and in both machines.
+fn parts(ours: &Machine, theirs: &Machine, task: &Task, rounds: u32) -> Result<String, String> {
+    let (guest, program) = guest::prepare()?;
+    let native = Machine::Native { program: &program };
+    let turns = [&native, ours, theirs].map(|machine| (machine, task.clone()));
+    let [on_host, our_best, their_best] = take_turns(&guest, &turns, rounds)?;
+    let (ours, theirs) = ((ours.name(), &our_best), (theirs.name(), &their_best));
+    Ok(table::machines(Some(&on_host), ours, theirs))
+}
+
+/// Programs of Debian packages in both machines. The host need not have what they need.
+fn programs(ours: &Machine, theirs: &Machine, task: &Task, rounds: u32) -> Result<String, String> {
+    let guest = programs::prepare()?;
+    let turns = [ours, theirs].map(|machine| (machine, task.clone()));
+    let [our_best, their_best] = take_turns(&guest, &turns, rounds)?;
+    let (ours, theirs) = ((ours.name(), &our_best), (theirs.name(), &their_best));
+    Ok(table::machines(None, ours, theirs))
+}
+
 /// One copy on one processor against two on two.
-fn two(guest: &Guest, ours: &Machine, task: &Task, rounds: u32) -> Result<String, String> {
-    let native = Machine::Native;
+fn two(ours: &Machine, task: &Task, rounds: u32) -> Result<String, String> {
+    let (guest, program) = guest::prepare()?;
+    let native = Machine::Native { program: &program };
     let turn = |machine, copies| {
         let copies = Some(copies);
         let task = task.clone();
@@ -77,7 +93,7 @@ fn two(guest: &Guest, ours: &Machine, task: &Task, rounds: u32) -> Result<String
         turn(ours, 1),
         turn(ours, 2),
     ];
-    let best = take_turns(guest, &turns, rounds)?;
+    let best = take_turns(&guest, &turns, rounds)?;
     let [native_one, native_two, one, two] = &best;
     Ok(table::copies(
         [native_one, native_two],

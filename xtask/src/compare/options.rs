@@ -11,6 +11,8 @@ pub(super) enum Mode {
     Exec,
     /// Two copies on two processors with one on one.
     Two,
+    /// Programs of Debian packages.
+    Programs,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -51,6 +53,7 @@ impl Options {
             match word {
                 "--exec" => options.mode = Mode::Exec,
                 "--two" => options.mode = Mode::Two,
+                "--programs" => options.mode = Mode::Programs,
                 "--quick" => options.quick = true,
                 "--rounds" => {
                     let count = value()?;

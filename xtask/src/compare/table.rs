@@ -4,52 +4,76 @@ use std::time::Duration;
 
 use super::results::{Kind, Run};
 
-/// The table of one program on the host and in two machines.
-pub(super) fn machines(native: &Run, ours: (&str, &Run), theirs: (&str, &Run)) -> String {
+/// The table of the same parts in two machines and, where they ran there, on the host.
+pub(super) fn machines(native: Option<&Run>, ours: (&str, &Run), theirs: (&str, &Run)) -> String {
     let ((our_name, ours), (their_name, theirs)) = (ours, theirs);
-    let mut lines = vec![
-        format!(
-            "| part | native, ms | {our_name}, ms | {their_name}, ms | \
-             {their_name} / {our_name} | {our_name} / native |"
-        ),
-        "| --- | ---: | ---: | ---: | ---: | ---: |".into(),
-    ];
+    let mut table = Table::default();
+    table.row(
+        "part",
+        [
+            "native, ms".into(),
+            format!("{our_name}, ms"),
+            format!("{their_name}, ms"),
+        ],
+        [
+            format!("{their_name} / {our_name}"),
+            format!("{our_name} / native"),
+        ],
+    );
     let (mut all, mut user) = (Ratios::default(), Ratios::default());
-    for ((host, our), their) in native.parts.iter().zip(&ours.parts).zip(&theirs.parts) {
-        let row = Ratios::of(their.time, our.time, host.time);
-        lines.push(format!(
-            "| {} | {} | {} | {} | {} |",
-            host.name,
-            milliseconds(host.time),
-            milliseconds(our.time),
-            milliseconds(their.time),
-            row.cells()
-        ));
-        if host.kind == Kind::User {
+    for (i, (our, their)) in ours.parts.iter().zip(&theirs.parts).enumerate() {
+        let host = native.and_then(|run| run.parts.get(i));
+        let host = host.map(|part| part.time);
+        let times = [host, Some(our.time), Some(their.time)];
+        let row = Ratios::of(their.time, our.time, host);
+        table.row(&our.name, times.map(milliseconds), row.cells());
+        if our.kind == Kind::User {
             user.extend(&row);
         }
         all.extend(&row);
     }
-    let start = Ratios {
-        gains: vec![ratio(theirs.start, ours.start)],
-        costs: Vec::new(),
-    };
-    lines.push(format!(
-        "| start to init | | {} | {} | {} |",
-        milliseconds(ours.start),
-        milliseconds(theirs.start),
-        start.cells()
-    ));
+    let times = [None, Some(ours.start), Some(theirs.start)];
+    let start = Ratios::of(theirs.start, ours.start, None);
+    table.row("start to init", times.map(milliseconds), start.cells());
     all.extend(&start);
     for (name, ratios) in [("all", all), ("user mode", user)] {
         if !ratios.gains.is_empty() {
-            lines.push(format!(
-                "| **geometric mean, {name}** | | | | {} |",
-                ratios.cells()
-            ));
+            let name = format!("**geometric mean, {name}**");
+            table.row(&name, Default::default(), ratios.cells());
         }
     }
-    lines.join("\n")
+    table.finish(native.is_some())
+}
+
+/// A table of machines: a name, three times, two ratios; the first row is the heading.
+#[derive(Debug, Default)]
+struct Table {
+    rows: Vec<[String; 6]>,
+}
+
+impl Table {
+    /// The columns about the host.
+    const NATIVE: [usize; 2] = [1, 5];
+
+    fn row(&mut self, name: &str, times: [String; 3], ratios: [String; 2]) {
+        let ([host, ours, theirs], [gain, cost]) = (times, ratios);
+        self.rows
+            .push([name.into(), host, ours, theirs, gain, cost]);
+    }
+
+    fn finish(mut self, has_native: bool) -> String {
+        let rule = ["---", "---:", "---:", "---:", "---:", "---:"];
+        self.rows.insert(1, rule.map(Into::into));
+        let line = |row: &[String; 6]| {
+            let cells = row.iter().enumerate();
+            let cells = cells.filter(|(column, _)| has_native || !Self::NATIVE.contains(column));
+            cells.fold(String::from("|"), |line, (_, cell)| {
+                line + &format!(" {cell} |")
+            })
+        };
+        let lines: Vec<String> = self.rows.iter().map(line).collect();
+        lines.join("\n")
+    }
 }
 
 /// The table of one copy against several at once, here and on the host.
@@ -68,8 +92,8 @@ pub(super) fn copies(native: [&Run; 2], ours: (&str, [&Run; 2])) -> String {
         lines.push(format!(
             "| {} | {} | {} | {} | {} |",
             one.name,
-            milliseconds(one.time),
-            milliseconds(two.time),
+            milliseconds(Some(one.time)),
+            milliseconds(Some(two.time)),
             cell(&here[here.len() - 1..]),
             cell(&host[host.len() - 1..])
         ));
@@ -90,10 +114,10 @@ struct Ratios {
 }
 
 impl Ratios {
-    fn of(theirs: Duration, ours: Duration, host: Duration) -> Self {
+    fn of(theirs: Duration, ours: Duration, host: Option<Duration>) -> Self {
         Self {
             gains: vec![ratio(theirs, ours)],
-            costs: vec![ratio(ours, host)],
+            costs: host.iter().map(|host| ratio(ours, *host)).collect(),
         }
     }
 
@@ -102,8 +126,8 @@ impl Ratios {
         self.costs.extend(&other.costs);
     }
 
-    fn cells(&self) -> String {
-        format!("{} | {}", cell(&self.gains), cell(&self.costs))
+    fn cells(&self) -> [String; 2] {
+        [cell(&self.gains), cell(&self.costs)]
     }
 }
 
@@ -122,7 +146,10 @@ fn ratio(above: Duration, below: Duration) -> f64 {
     above.max(least).as_secs_f64() / below.max(least).as_secs_f64()
 }
 
-fn milliseconds(time: Duration) -> String {
+fn milliseconds(time: Option<Duration>) -> String {
+    let Some(time) = time else {
+        return String::new();
+    };
     let value = time.as_secs_f64() * 1000.0;
     format!("{value:.*}", usize::from(value < 100.0))
 }
@@ -152,16 +179,22 @@ mod tests {
     #[test]
     fn a_row_has_both_ratios_and_the_last_rows_their_means() {
         let (native, ours, theirs) = (run(0, [10, 20]), run(1000, [20, 160]), run(2000, [80, 160]));
-        let table = machines(&native, ("Eptide", &ours), ("TCG", &theirs));
+        let table = machines(Some(&native), ("Eptide", &ours), ("TCG", &theirs));
         let expected = "\
 | part | native, ms | Eptide, ms | TCG, ms | TCG / Eptide | Eptide / native |
 | --- | ---: | ---: | ---: | ---: | ---: |
 | crc | 10.0 | 20.0 | 80.0 | 4.00 | 2.00 |
 | fork | 20.0 | 160 | 160 | 1.00 | 8.00 |
-| start to init | | 1000 | 2000 | 2.00 |  |
-| **geometric mean, all** | | | | 2.00 | 4.00 |
-| **geometric mean, user mode** | | | | 4.00 | 2.00 |";
+| start to init |  | 1000 | 2000 | 2.00 |  |
+| **geometric mean, all** |  |  |  | 2.00 | 4.00 |
+| **geometric mean, user mode** |  |  |  | 4.00 | 2.00 |";
         assert_eq!(table, expected);
+        let table = machines(None, ("Eptide", &ours), ("TCG", &theirs));
+        let expected = "\
+| part | Eptide, ms | TCG, ms | TCG / Eptide |
+| --- | ---: | ---: | ---: |
+| crc | 20.0 | 80.0 | 4.00 |";
+        assert!(table.starts_with(expected), "{table}");
     }
 
     #[test]
