@@ -6,12 +6,10 @@
 //!
 //! Source: KVM API, "KVM_CAP_DIRTY_LOG_RING".
 
-use crate::error::{Error, Result, fail};
-use crate::run_area::{DIRTY_RING_PAGE, PAGE, RunArea};
+use crate::error::{Result, fail};
+use crate::run_area::{DIRTY_RING_PAGE, Mapping, PAGE, RunArea};
 use kvm_bindings::kvm_dirty_gfn;
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use std::cell::Cell;
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -29,7 +27,8 @@ pub(crate) const MAX_BYTES: u32 = 65536 * size_of::<kvm_dirty_gfn>() as u32;
 /// The dirty ring of one vCPU.
 #[derive(Debug)]
 pub(crate) struct DirtyRing {
-    entries: NonNull<kvm_dirty_gfn>,
+    /// The entries.
+    mapping: Mapping,
     count: u32,
     /// Entries kept free.
     reserved: u32,
@@ -75,22 +74,9 @@ impl DirtyRing {
     /// Maps the ring of `bytes` bytes behind a vCPU's area.
     pub(crate) fn new(area: &RunArea, bytes: u32, with_log: bool) -> Result<Arc<DirtyRing>> {
         let offset = (DIRTY_RING_PAGE * PAGE) as u64;
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        let flags = MapFlags::SHARED;
-        // SAFETY: a new mapping at an address the kernel chooses; the file is long enough.
-        let base = unsafe {
-            mmap(
-                std::ptr::null_mut(),
-                bytes as usize,
-                protection,
-                flags,
-                area.fd(),
-                offset,
-            )
-        };
-        let base = base.map_err(|error| Error::new(error.raw_os_error()))?;
+        let mapping = Mapping::new(area.fd(), offset, bytes as usize)?;
         Ok(Arc::new(DirtyRing {
-            entries: NonNull::new(base.cast()).ok_or(Error::new(libc::ENOMEM))?,
+            mapping,
             count: bytes / size_of::<kvm_dirty_gfn>() as u32,
             reserved: reserved(with_log),
             published: AtomicU32::new(0),
@@ -102,8 +88,9 @@ impl DirtyRing {
     fn entry(&self, index: u32) -> *mut kvm_dirty_gfn {
         // SAFETY: the index is reduced to the number of entries of the mapping.
         unsafe {
-            self.entries
-                .as_ptr()
+            self.mapping
+                .base()
+                .cast::<kvm_dirty_gfn>()
                 .add((index & (self.count - 1)) as usize)
         }
     }
@@ -159,14 +146,6 @@ impl DirtyRing {
             self.freed.store(index.wrapping_add(1), Ordering::Release);
             collected.push((entry.slot, entry.offset));
         }
-    }
-}
-
-impl Drop for DirtyRing {
-    fn drop(&mut self) {
-        let length = self.count as usize * size_of::<kvm_dirty_gfn>();
-        // SAFETY: the mapping made in `new`.
-        let _ = unsafe { munmap(self.entries.as_ptr().cast(), length) };
     }
 }
 

@@ -7,10 +7,9 @@
 
 use crate::error::{Error, Result};
 use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_run};
+use reserved::Region;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::MemfdFlags;
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
-use std::ptr::NonNull;
 
 /// Size of a page.
 pub(crate) const PAGE: usize = 4096;
@@ -25,40 +24,51 @@ fn errno(error: rustix::io::Errno) -> Error {
     Error::new(error.raw_os_error())
 }
 
+fn host_errno(error: std::io::Error) -> Error {
+    Error::new(error.raw_os_error().unwrap_or(libc::ENOMEM))
+}
+
+/// A shared mapping of a part of a file, at addresses that no memslot names.
+#[derive(Debug)]
+pub(crate) struct Mapping(Region);
+
+impl Mapping {
+    /// Maps `size` bytes from `offset` on, and the rest of their last page.
+    pub(crate) fn new(file: &OwnedFd, offset: u64, size: usize) -> Result<Mapping> {
+        let size = size.next_multiple_of(PAGE);
+        let region = Region::new(size, PAGE).map_err(host_errno)?;
+        let mapping = Mapping(region);
+        mapping.put(0, size, file, offset)?;
+        Ok(mapping)
+    }
+
+    fn put(&self, at: usize, size: usize, file: &OwnedFd, offset: u64) -> Result<()> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: nobody has looked into the mapping yet.
+        let mapped = unsafe { self.0.map_file(at, size, file.as_fd(), offset, protection) };
+        mapped.map(|_| ()).map_err(host_errno)
+    }
+
+    /// The first byte.
+    pub(crate) fn base(&self) -> *mut u8 {
+        self.0.start()
+    }
+}
+
 /// A memfd and a shared mapping of it.
 #[derive(Debug)]
 pub(crate) struct SharedMemory {
     fd: OwnedFd,
-    base: NonNull<u8>,
-    size: usize,
+    mapping: Mapping,
 }
-
-// SAFETY: the mapping is plain memory that lives as long as the value; who may touch what when is
-// the business of its users.
-unsafe impl Send for SharedMemory {}
-// SAFETY: as above.
-unsafe impl Sync for SharedMemory {}
 
 impl SharedMemory {
     /// `file_size` bytes of zeroed memory, the first `size` of them mapped.
     pub(crate) fn new(name: &str, size: usize, file_size: usize) -> Result<SharedMemory> {
         let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC).map_err(errno)?;
         rustix::fs::ftruncate(&fd, file_size as u64).map_err(errno)?;
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address the kernel chooses.
-        let base = unsafe {
-            mmap(
-                std::ptr::null_mut(),
-                size,
-                protection,
-                MapFlags::SHARED,
-                &fd,
-                0,
-            )
-            .map_err(errno)?
-        };
-        let base = NonNull::new(base.cast()).ok_or(Error::new(libc::ENOMEM))?;
-        Ok(SharedMemory { fd, base, size })
+        let mapping = Mapping::new(&fd, 0, size)?;
+        Ok(SharedMemory { fd, mapping })
     }
 
     /// The file.
@@ -68,26 +78,12 @@ impl SharedMemory {
 
     /// The mapping's first byte.
     pub(crate) fn base(&self) -> *mut u8 {
-        self.base.as_ptr()
+        self.mapping.base()
     }
 
     /// Maps the first page of `other` over the page at `offset`.
     fn overlay(&self, offset: usize, other: &SharedMemory) -> Result<()> {
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        let flags = MapFlags::SHARED | MapFlags::FIXED;
-        // SAFETY: the page lies inside this mapping, which nobody has looked into yet.
-        unsafe {
-            let address = self.base().add(offset).cast();
-            mmap(address, PAGE, protection, flags, other.fd.as_fd(), 0).map_err(errno)?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for SharedMemory {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is this value's and no reference into it outlives it.
-        let _ = unsafe { munmap(self.base().cast(), self.size) };
+        self.mapping.put(offset, PAGE, &other.fd, 0)
     }
 }
 

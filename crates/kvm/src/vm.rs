@@ -424,6 +424,10 @@ impl Vm {
     pub(crate) fn set_memory_region(&self, region: &kvm_userspace_memory_region) -> Result<()> {
         self.check_alive()?;
         let (space, number) = slot_number(region.slot)?;
+        let end = region.userspace_addr.saturating_add(region.memory_size);
+        if region.memory_size != 0 && reserved::is_own(region.userspace_addr..end) {
+            return fail(libc::EINVAL);
+        }
         let request = MemoryRegion {
             space,
             number,

@@ -24,17 +24,24 @@
 //! look at a table of fixups because only the thread that executes a processor's code adds to that
 //! processor's memory: while code executes there, its table does not change.
 //!
+//! The views lie among the addresses that are Eptide's own ([`reserved`]), so that no memslot names
+//! them, with a page that cannot be accessed behind each.
+//!
 //! A memory is for one processor because emptying it is then a matter of that processor's own
 //! thread. Nothing may run in it after the owner is gone.
 
 use core::ops::Range;
-use core::ptr::{null_mut, with_exposed_provenance_mut};
+use core::ptr::null_mut;
+use reserved::Region;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 
 /// Where a piece of code begins: no two share a line of 16 bytes.
 const ALIGNMENT: usize = 16;
+
+/// Bytes behind each view that cannot be accessed.
+const GUARD: usize = 4096;
 
 /// A stretch of a piece of code whose faults lead elsewhere, as offsets from the piece's start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -136,10 +143,12 @@ impl Entry {
 pub(crate) struct CodeMemory {
     entry: &'static Entry,
     table: *mut Table,
-    writable: u64,
+    writable: *mut u8,
     executable: u64,
     size: usize,
     used: usize,
+    /// Both views.
+    _region: Region,
 }
 
 // SAFETY: the memory and the table are owned, and reached from elsewhere only by the handler of
@@ -162,15 +171,14 @@ impl CodeMemory {
         if unsafe { libc::ftruncate(file.as_raw_fd(), size as libc::off_t) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        let writable = map(&file, size, libc::PROT_READ | libc::PROT_WRITE)?;
-        let executable = match map(&file, size, libc::PROT_READ | libc::PROT_EXEC) {
-            Ok(executable) => executable,
-            Err(error) => {
-                // SAFETY: the mapping just made.
-                unsafe { libc::munmap(with_exposed_provenance_mut(writable as usize), size) };
-                return Err(error);
-            }
+        let region = Region::new(2 * (size + GUARD), GUARD)?;
+        let view = |offset, protection| {
+            // SAFETY: nothing refers to a new region.
+            unsafe { region.map_file(offset, size, file.as_fd(), 0, protection) }
         };
+        let writable = view(0, libc::PROT_READ | libc::PROT_WRITE)?;
+        let executable = view(size + GUARD, libc::PROT_READ | libc::PROT_EXEC)?;
+        let executable = executable.expose_provenance() as u64;
         let table = Box::into_raw(Box::new(Table {
             report,
             fixups: Vec::new(),
@@ -186,6 +194,7 @@ impl CodeMemory {
             executable,
             size,
             used: 0,
+            _region: region,
         })
     }
 
@@ -225,10 +234,9 @@ impl CodeMemory {
         if offset.checked_add(len)? > self.size {
             return None;
         }
-        let at = with_exposed_provenance_mut::<u8>(self.writable as usize + offset);
         // SAFETY: inside the mapping, which belongs to this memory alone; `self` is borrowed as
         // long as the slice lives. The executable view of it is never borrowed.
-        Some(unsafe { core::slice::from_raw_parts_mut(at, len) })
+        Some(unsafe { core::slice::from_raw_parts_mut(self.writable.add(offset), len) })
     }
 
     /// Empties the memory. Nothing may point into it any more.
@@ -241,34 +249,13 @@ impl CodeMemory {
 
 impl Drop for CodeMemory {
     fn drop(&mut self) {
+        // Before the addresses can belong to another.
         self.entry.start.store(0, Ordering::Release);
-        for view in [self.writable, self.executable] {
-            // SAFETY: a mapping made in `new`, in which nothing executes any more.
-            unsafe { libc::munmap(with_exposed_provenance_mut(view as usize), self.size) };
-        }
         // SAFETY: the box made in `new`; no thread executes code of this memory, so no handler
         // looks at it.
         drop(unsafe { Box::from_raw(self.table) });
         self.entry.taken.store(false, Ordering::Release);
     }
-}
-
-fn map(file: &OwnedFd, size: usize, protection: libc::c_int) -> io::Result<u64> {
-    // SAFETY: a new mapping of a file that is open, at an address that the kernel chooses.
-    let address = unsafe {
-        libc::mmap(
-            null_mut(),
-            size,
-            protection,
-            libc::MAP_SHARED,
-            file.as_raw_fd(),
-            0,
-        )
-    };
-    if address == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(address.expose_provenance() as u64)
 }
 
 /// Whether an address lies in some live memory. Async-signal-safe.
@@ -306,6 +293,7 @@ pub(crate) fn resume_at_fixup(registers: &mut [libc::greg_t]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use core::ptr::with_exposed_provenance_mut;
 
     /// Leaves the vector in RAX.
     unsafe fn in_rax(registers: &mut [libc::greg_t], vector: u8) {

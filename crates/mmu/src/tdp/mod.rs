@@ -1,6 +1,6 @@
 //! TDP: tables keyed by guest-physical address, one root per address space.
 //!
-//! * `table`: table pages and where they come from.
+//! * `table`, `arena`: table pages and where they come from.
 //! * `root`: roots, their validity, and who may look into their tables.
 //! * `map`: building a translation, under the shared lock, against other threads that do the same.
 //! * `fast`: giving back a permission with one compare-exchange and no lock.
@@ -19,6 +19,7 @@
 //! under the shared lock still looks at it), and a flush has gone round (so no processor and no
 //! lockless reader does).
 
+mod arena;
 mod fast;
 mod map;
 mod range;

@@ -1,10 +1,10 @@
 //! Table pages.
 
+use super::arena::Arena;
 use crate::spte::Spte;
 use crate::sync::{self, Mutex, point};
 use arch::addr::{Gfn, Hva, PAGE_SIZE};
 use arch::paging::{Level, entry::ADDRESS};
-use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
@@ -136,7 +136,7 @@ impl TablePage {
 
 /// Pages in one allocation; its first page is the header.
 const ARENA_PAGES: usize = 512;
-const ARENA_BYTES: usize = ARENA_PAGES * PAGE_SIZE as usize;
+pub(super) const ARENA_BYTES: usize = ARENA_PAGES * PAGE_SIZE as usize;
 
 /// The first page of an arena: a word of marks for each page.
 #[repr(C, align(4096))]
@@ -159,7 +159,7 @@ pub(crate) struct TablePool {
 
 #[derive(Debug, Default)]
 struct Inner {
-    arenas: Vec<NonNull<u8>>,
+    arenas: Vec<Arena>,
     free: Vec<NonNull<TablePage>>,
 }
 
@@ -215,7 +215,7 @@ impl TablePool {
         self.limit.store(limit, Relaxed);
     }
 
-    /// An empty table, or `None` at the limit.
+    /// An empty table, or `None` at the limit, and where the host has no memory.
     pub(crate) fn allocate(&self) -> Option<OwnedTable> {
         if self.used.fetch_add(1, Relaxed) >= self.limit() {
             self.used.fetch_sub(1, Relaxed);
@@ -224,9 +224,13 @@ impl TablePool {
         let page = {
             let mut inner = sync::lock(&self.inner);
             match inner.free.pop() {
-                Some(page) => page,
+                Some(page) => Some(page),
                 None => inner.grow(),
             }
+        };
+        let Some(page) = page else {
+            self.used.fetch_sub(1, Relaxed);
+            return None;
         };
         let table = OwnedTable(page);
         mark_word(table.page().address()).store(0, Relaxed);
@@ -245,41 +249,18 @@ impl TablePool {
 }
 
 impl Inner {
-    fn grow(&mut self) -> NonNull<TablePage> {
-        let layout = arena_layout();
-        // SAFETY: the layout's size is not zero.
-        let Some(arena) = NonNull::new(unsafe { alloc(layout) }) else {
-            handle_alloc_error(layout)
-        };
-        arena.as_ptr().expose_provenance();
-        // SAFETY: the arena has `ARENA_PAGES` pages, the first of which is the header; it is
-        // written here before anybody reads it.
-        unsafe { arena.as_ptr().write_bytes(0, PAGE_SIZE as usize) };
+    fn grow(&mut self) -> Option<NonNull<TablePage>> {
+        let arena = Arena::new()?;
+        let start = arena.start();
+        start.as_ptr().expose_provenance();
         self.arenas.push(arena);
         let pages = (1..ARENA_PAGES).rev().map(|n| {
             // SAFETY: within the allocation.
-            unsafe { arena.add(n * PAGE_SIZE as usize) }.cast::<TablePage>()
+            unsafe { start.add(n * PAGE_SIZE as usize) }.cast::<TablePage>()
         });
         self.free.extend(pages);
-        // An arena has more than one page.
-        self.free
-            .pop()
-            .unwrap_or_else(|| unreachable!("a new arena has pages"))
+        self.free.pop()
     }
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        for arena in self.arenas.drain(..) {
-            // SAFETY: allocated with this layout; the pool's owner, the MMU, is gone, and with it
-            // every processor that could walk its tables.
-            unsafe { dealloc(arena.as_ptr(), arena_layout()) };
-        }
-    }
-}
-
-fn arena_layout() -> Layout {
-    Layout::from_size_align(ARENA_BYTES, ARENA_BYTES).unwrap_or_else(|_| unreachable!())
 }
 
 /// The word of marks of the table page at `address`.
