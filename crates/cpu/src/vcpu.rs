@@ -449,13 +449,17 @@ impl Vcpu {
             .unwrap_or_default()
     }
 
+    /// How many instructions were begun: a cheap look at [`Vcpu::statistics`].
+    #[inline]
+    pub fn instructions(&self) -> u64 {
+        let done = self.countdown_start - self.countdown;
+        self.statistics.instructions.wrapping_add_signed(done)
+    }
+
     /// Counts so far.
     pub fn statistics(&self) -> Statistics {
         Statistics {
-            instructions: self
-                .statistics
-                .instructions
-                .wrapping_add_signed(self.countdown_start - self.countdown),
+            instructions: self.instructions(),
             tlb_lookups: self.statistics.tlb_lookups + self.statistics.block_lookups,
             second_stage_walks: self.second_stage.walks,
             ..self.statistics

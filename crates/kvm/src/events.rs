@@ -120,6 +120,13 @@ impl Events {
         }
     }
 
+    /// Whether the next entry injects something before a maskable interrupt. An NMI that is blocked
+    /// does not stand in an interrupt's way.
+    pub(crate) fn goes_first(&self, state: &CpuState) -> bool {
+        let nmi = self.nmis != 0 && nmis_open(state);
+        nmi || self.exception.is_some() || self.again.is_some() || self.triple_fault
+    }
+
     /// Whether anything but maskable interrupts waits.
     pub(crate) fn any(&self) -> bool {
         self.exception.is_some() || self.again.is_some() || self.nmis != 0 || self.triple_fault

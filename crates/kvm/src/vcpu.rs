@@ -12,6 +12,7 @@
 mod counters;
 mod guest_mode;
 mod injection;
+mod progress;
 mod requests;
 
 pub(crate) use counters::Counters;
@@ -81,6 +82,7 @@ pub(crate) struct Core {
     /// The VM has no EPT.
     pub(crate) has_shadow_paging: bool,
     pub(crate) faults_in_vain: exits::shadow::FaultsInVain,
+    pub(crate) in_vain: progress::InVain,
     pub(crate) events: Events,
     pub(crate) msrs: MsrState,
     /// The VM's filter as of the last look at it.
@@ -212,6 +214,7 @@ impl Vcpu {
             controls: initial_controls(),
             has_shadow_paging: vm.mmu.config().shadow,
             faults_in_vain: Default::default(),
+            in_vain: Default::default(),
             events: Events::default(),
             msrs: MsrState::new(),
             msr_filter: None,
@@ -655,11 +658,15 @@ impl Core {
             }
             Err(outcome) => return outcome,
         }
+        let start = self.place();
         let exit = self.enter_processor(vcpu);
         self.counters.exits += 1;
         self.counters.by_reason.count(exit.reason);
         self.take_back_event(&exit);
         self.collect_from_guest(vcpu);
+        if let Some(error) = self.watch_progress(vcpu, &start, &exit) {
+            return error;
+        }
         exits::handle(self, vcpu, &exit)
     }
 

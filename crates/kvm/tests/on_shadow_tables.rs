@@ -21,6 +21,8 @@ mod halts;
 mod paravirtual;
 #[path = "processors.rs"]
 mod processors;
+#[path = "progress.rs"]
+mod progress;
 #[path = "rewritten.rs"]
 mod rewritten;
 #[path = "smm.rs"]

@@ -404,8 +404,10 @@ impl Vcpu {
         if self.preemption_timer_value() == Some(0) {
             return Err(VmExit::new(ExitReason::PreemptionTimer));
         }
+        // Nor while STI blocks, which a processor may decide: an entry cannot inject an NMI then.
         if self.primary(PrimaryControls::NMI_WINDOW_EXITING)
-            && !blocking.intersects(Interruptibility::NMI | Interruptibility::MOV_SS)
+            && !shadow
+            && !blocking.contains(Interruptibility::NMI)
         {
             return Err(VmExit::new(ExitReason::NmiWindow));
         }

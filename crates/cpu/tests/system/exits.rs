@@ -518,6 +518,56 @@ fn windows_open_after_the_shadow_of_sti() {
     assert_eq!(guest.vcpu.state.rip, CODE + 0x40, "IRET unblocks NMIs");
 }
 
+/// What a window's exit announces can be injected at the next entry (SDM volume 3, "Checks on Guest
+/// Non-Register State"); otherwise an instruction goes first.
+#[test]
+fn a_window_is_open_where_its_exit_is() {
+    let windows = [
+        PrimaryControls::NMI_WINDOW_EXITING,
+        PrimaryControls::INTERRUPT_WINDOW_EXITING,
+        PrimaryControls::NMI_WINDOW_EXITING | PrimaryControls::INTERRUPT_WINDOW_EXITING,
+    ];
+    for (window, blocking) in windows
+        .into_iter()
+        .flat_map(|w| (0..8).map(move |b| (w, b)))
+    {
+        for flags in [0x002, 0x202] {
+            let blocking = [
+                Interruptibility::STI,
+                Interruptibility::MOV_SS,
+                Interruptibility::NMI,
+            ]
+            .into_iter()
+            .enumerate()
+            .filter(|(bit, _)| blocking >> bit & 1 != 0)
+            .fold(Interruptibility::empty(), |all, (_, one)| all | one);
+            let both = Interruptibility::STI | Interruptibility::MOV_SS;
+            if blocking.contains(both) || flags == 2 && blocking.contains(Interruptibility::STI) {
+                continue;
+            }
+            let mut guest = long_guest();
+            guest.controls.primary |= window;
+            guest.load(&[0x90, 0x90, 0xf4]);
+            guest.vcpu.state.set_rflags(flags);
+            guest.vcpu.state.interruptibility = blocking;
+            let exit = guest.run();
+            let state = &guest.vcpu.state;
+            let moved = state.rip != CODE;
+            assert_eq!(
+                moved,
+                blocking.intersects(both) || exit.reason == ExitReason::Hlt
+            );
+            let closed = match exit.reason {
+                ExitReason::NmiWindow => both | Interruptibility::NMI,
+                ExitReason::InterruptWindow => both,
+                ExitReason::Hlt => continue,
+                other => panic!("{other:?}"),
+            };
+            assert!(!state.interruptibility.intersects(closed), "{blocking:?}");
+        }
+    }
+}
+
 #[test]
 fn the_monitor_trap_flag_exits_after_each_instruction() {
     let mut guest = long_guest();

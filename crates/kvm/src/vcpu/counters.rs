@@ -19,6 +19,8 @@ pub(crate) struct Counters {
     pub(crate) hypercalls: u64,
     pub(crate) tlb_flushes: u64,
     pub(crate) page_faults: u64,
+    /// Entries that ended where they began.
+    pub(crate) entries_in_vain: u64,
     pub(crate) by_reason: ByReason,
 }
 
@@ -68,6 +70,7 @@ impl Counters {
             ("hypercalls", self.hypercalls),
             ("tlb_flush", self.tlb_flushes),
             ("pf_taken", self.page_faults),
+            ("entries_in_vain", self.entries_in_vain),
         ]
     }
 }

@@ -42,7 +42,7 @@ impl Core {
     pub(crate) fn ready_for_interrupt(&self, vcpu: &Vcpu) -> bool {
         self.takes_external(vcpu)
             && self.events.interrupt.is_none()
-            && !self.events.any()
+            && !self.events.goes_first(&self.cpu.state)
             && events::interrupts_open(&self.cpu.state)
     }
 
@@ -146,6 +146,7 @@ impl Core {
         if vcpu.kvm_run(self).request_interrupt_window != 0
             && vcpu.vm().has_user_pic()
             && self.takes_external(vcpu)
+            && self.events.interrupt.is_none()
         {
             self.controls.primary |= PrimaryControls::INTERRUPT_WINDOW_EXITING;
             self.look_for_events = true;
