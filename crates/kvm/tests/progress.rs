@@ -67,8 +67,10 @@ fn prepare(machine: &mut Machine, case: &Case) {
     regs.rax = 16;
     regs.rflags = 2 | u64::from(case.interrupt_flag) << 9 | u64::from(case.trap_flag) << 8;
     vcpu.set_regs(&regs).unwrap();
-    let mut events = kvm_vcpu_events::default();
-    events.flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
+    let mut events = kvm_vcpu_events {
+        flags: KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW,
+        ..Default::default()
+    };
     events.interrupt.shadow = case.shadow;
     events.nmi.masked = case.nmi_masked.into();
     vcpu.set_vcpu_events(&events).unwrap();
