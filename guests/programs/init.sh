@@ -75,6 +75,8 @@ compile() {
   gcc-12 -O2 -I . -c many.c -o many.o && cat many.o
 }
 
+echo "compare: start"
+start=$(now)
 divide=${compare_divide:-1}
 awk -v rows=$((12000 / divide)) -f /work/script.awk >script.sql
 for copy in $(seq $(((6 + divide - 1) / divide))); do
@@ -82,8 +84,6 @@ for copy in $(seq $(((6 + divide - 1) / divide))); do
 done >many.c
 head -c $((600000 / divide)) /usr/lib/x86_64-linux-gnu/libcrypto.so.3 >data
 
-echo "compare: start"
-start=$(now)
 throughput aes-128-cbc
 throughput sha256
 signatures rsa2048

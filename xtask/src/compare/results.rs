@@ -41,6 +41,15 @@ impl Run {
         self.host_time.abs_diff(self.guest_time) <= allowed
     }
 
+    /// Whether every part of a list with commas was run.
+    pub(super) fn has_all(&self, wanted: Option<&str>) -> Result<(), String> {
+        let mut names = wanted.into_iter().flat_map(|list| list.split(','));
+        match names.find(|name| self.parts.iter().all(|part| part.name != *name)) {
+            Some(name) => Err(format!("compare: there is no part {name:?}")),
+            None => Ok(()),
+        }
+    }
+
     /// The fastest of each part.
     pub(super) fn best(runs: &[Run]) -> Run {
         let Some((first, others)) = runs.split_first() else {
@@ -184,6 +193,15 @@ mod tests {
         }
         let message = read(&["compare: start", "compare: failed: fork"]).unwrap_err();
         assert_eq!(message, "the program says: failed: fork");
+    }
+
+    #[test]
+    fn a_part_that_is_asked_for_must_have_run() {
+        let run = sample("1", "01");
+        run.has_all(None).unwrap();
+        run.has_all(Some("fork,crc")).unwrap();
+        let message = run.has_all(Some("crc,forks")).unwrap_err();
+        assert_eq!(message, "compare: there is no part \"forks\"");
     }
 
     #[test]
