@@ -24,6 +24,9 @@ const JUMPS: usize = 4096;
 /// Decoded instructions that may be kept before all are dropped and decoding starts anew.
 const MAX_OPS: usize = 600_000;
 
+/// Pages whose code waits for other processors' answers: each holds what it waits for.
+const MAX_UNSETTLED: usize = 1_000;
+
 /// How code bytes are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
@@ -146,6 +149,8 @@ pub(crate) struct CodeCache {
     )]
     dropped: Vec<Box<Block>>,
     ops: usize,
+    /// Pages that are unsettled, at most.
+    unsettled: usize,
     /// Counts what makes blocks be checked: for all of them, and for those of a page.
     clock: u64,
     epoch: u64,
@@ -172,6 +177,7 @@ impl CodeCache {
                 .unwrap_or_else(|_| unreachable!()),
             dropped: Vec::new(),
             ops: 0,
+            unsettled: 0,
             clock: 1,
             epoch: 1,
             generation: 0,
@@ -211,6 +217,7 @@ impl CodeCache {
         let page = self.pages.entry(hva & PAGE_MASK).or_default();
         if page.unsettled.as_mut().is_some_and(|u| u.is_settled()) {
             page.unsettled = None;
+            self.unsettled = self.unsettled.saturating_sub(1);
         }
         let settled = page.unsettled.is_none();
         if block.crosses {
@@ -250,7 +257,7 @@ impl CodeCache {
             accesses,
             ..
         } = decoded;
-        if self.ops > MAX_OPS {
+        if self.ops > MAX_OPS || self.unsettled > MAX_UNSETTLED {
             self.clear();
         }
         let crosses = (hva & 0xfff) as usize + bytes.len() > 0x1000;
@@ -258,6 +265,7 @@ impl CodeCache {
         let page = self.pages.entry(hva & PAGE_MASK).or_default();
         page.blocks.push((hva, mode));
         if unsettled.is_some() {
+            self.unsettled += usize::from(page.unsettled.is_none());
             page.unsettled = unsettled;
         }
         let block = Box::new(Block {
@@ -325,6 +333,9 @@ impl CodeCache {
         let Some(page) = self.pages.remove(&page) else {
             return;
         };
+        self.unsettled = self
+            .unsettled
+            .saturating_sub(usize::from(page.unsettled.is_some()));
         for key in page.blocks {
             if let Some(block) = self.blocks.remove(&key) {
                 self.ops = self.ops.saturating_sub(block.ops.len());
@@ -340,6 +351,7 @@ impl CodeCache {
             .extend(self.blocks.drain().map(|(_, block)| block));
         self.pages.clear();
         self.ops = 0;
+        self.unsettled = 0;
         self.generation += 1;
     }
 }

@@ -41,13 +41,47 @@ pub struct Attention {
     queue: Mutex<Queue>,
 }
 
+/// Pages that a processor is told of one by one: a guest can report them faster than a processor
+/// that sleeps hears of them.
+const QUEUED_PAGES: usize = 64;
+
+/// Host pages: some, or more than are told apart.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Pages {
+    Some(Vec<u64>),
+    All,
+}
+
+impl Default for Pages {
+    fn default() -> Pages {
+        Pages::Some(Vec::new())
+    }
+}
+
+impl Pages {
+    fn add(&mut self, page: u64) {
+        match self {
+            Pages::Some(pages) if pages.len() < QUEUED_PAGES => pages.push(page),
+            _ => *self = Pages::All,
+        }
+    }
+}
+
 /// Pages that other processors reported.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Queue {
     /// Host pages whose fast write translations must go.
-    pub(crate) revoke: Vec<u64>,
+    pub(crate) revoke: Pages,
     /// Host pages whose decoded code must go.
-    pub(crate) drop_code: Vec<u64>,
+    pub(crate) drop_code: Pages,
+}
+
+#[cfg(test)]
+impl Queue {
+    const ALL: Queue = Queue {
+        revoke: Pages::All,
+        drop_code: Pages::All,
+    };
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -204,7 +238,7 @@ impl Machine {
         let unsettled = lock(&self.processors)
             .iter()
             .filter(|other| !Arc::ptr_eq(other, me))
-            .map(|other| (other.clone(), other.ask(|queue| queue.revoke.push(page))))
+            .map(|other| (other.clone(), other.ask(|queue| queue.revoke.add(page))))
             .collect();
         Some(Unsettled(unsettled))
     }
@@ -227,7 +261,7 @@ impl Machine {
             .unwrap_or_else(PoisonError::into_inner)
             .remove(&page);
         for processor in lock(&self.processors).iter() {
-            processor.ask(|queue| queue.drop_code.push(page));
+            processor.ask(|queue| queue.drop_code.add(page));
         }
         true
     }
@@ -258,14 +292,26 @@ mod tests {
         let (a, b) = (machine.add_processor(), machine.add_processor());
         assert!(machine.register_code(&a, 0x5040, 10).is_some());
         assert!(machine.register_code(&b, 0x5080, 10).is_none());
-        assert_eq!(b.take().0.revoke, [0x5000]);
+        assert_eq!(b.take().0.revoke, Pages::Some(vec![0x5000]));
         assert!(!machine.note_store(0x5000, 8));
         assert!(machine.note_store(0x5084, 1));
         assert!(!machine.note_store(0x5084, 1));
         for processor in [&a, &b] {
-            assert_eq!(processor.take().0.drop_code, [0x5000]);
+            assert_eq!(processor.take().0.drop_code, Pages::Some(vec![0x5000]));
         }
         assert!(!machine.has_code(0x5abc));
+    }
+
+    #[test]
+    fn what_waits_for_an_idle_processor_is_bounded() {
+        let machine = Machine::new();
+        let (a, b) = (machine.add_processor(), machine.add_processor());
+        for page in 0..100_000 {
+            machine.register_code(&a, page << 12, 16);
+            assert!(machine.note_store(page << 12, 8));
+        }
+        assert_eq!(b.take().0, Queue::ALL);
+        assert_eq!(b.take().0, Queue::default());
     }
 
     #[test]

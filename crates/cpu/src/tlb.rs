@@ -263,6 +263,13 @@ impl Tlb {
         self.generation += 1;
     }
 
+    /// Forbids all fast writes until the entries are filled anew.
+    pub(crate) fn revoke_all_writes(&mut self) {
+        for entry in self.entries.iter_mut() {
+            entry.write = NO_TAG;
+        }
+    }
+
     /// Forbids fast writes to the host page at `hva_page` until the entries are filled anew.
     pub(crate) fn revoke_writes(&mut self, hva_page: u64) {
         for entry in self.entries.iter_mut() {

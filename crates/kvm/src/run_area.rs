@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use kvm_bindings::{KVM_DIRTY_LOG_PAGE_OFFSET, kvm_run};
 use reserved::Region;
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, SealFlags};
 
 /// Size of a page.
 pub(crate) const PAGE: usize = 4096;
@@ -65,9 +65,14 @@ pub(crate) struct SharedMemory {
 impl SharedMemory {
     /// `file_size` bytes of zeroed memory, the first `size` of them mapped.
     pub(crate) fn new(name: &str, size: usize, file_size: usize) -> Result<SharedMemory> {
-        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC).map_err(errno)?;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let fd = rustix::fs::memfd_create(name, flags).map_err(errno)?;
         rustix::fs::ftruncate(&fd, file_size as u64).map_err(errno)?;
         let mapping = Mapping::new(&fd, 0, size)?;
+        // Others have the file, too: were it cut short, this process would die of its next access.
+        // With FUTURE_WRITE it would take no mapping of user space's, which is to write to it.
+        let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        rustix::fs::fcntl_add_seals(&fd, seals).map_err(errno)?;
         Ok(SharedMemory { fd, mapping })
     }
 

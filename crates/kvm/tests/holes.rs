@@ -1,5 +1,6 @@
 //! Guest memory that its program unmaps behind a standing slot: what is mapped there later is not
-//! Eptide's, and addresses of Eptide's own are no guest's memory.
+//! Eptide's, and addresses of Eptide's own are no guest's memory. What it shares with the program
+//! stays there.
 
 mod common;
 
@@ -96,4 +97,16 @@ fn addresses_of_our_own_are_not_for_slots() {
         let refused = unsafe { machine.vm.set_user_memory_region(region) };
         assert_eq!(refused.unwrap_err().errno(), libc::EINVAL, "{name}");
     }
+}
+
+#[test]
+fn the_file_behind_a_vcpu_keeps_its_size() {
+    use std::os::fd::AsRawFd;
+    let mut machine = Machine::new(Irqchip::None, 1, &assemble(stop));
+    let file = machine.vcpus[0].as_raw_fd();
+    for size in [0, 4096, 1 << 30] {
+        // SAFETY: has no conditions; it fails.
+        assert_eq!(unsafe { libc::ftruncate(file, size) }, -1, "{size}");
+    }
+    runs_to_stop(&mut machine);
 }

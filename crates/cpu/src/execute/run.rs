@@ -3,7 +3,7 @@
 use crate::code::Block;
 use crate::decode;
 use crate::event::{Event, Fault};
-use crate::machine::request;
+use crate::machine::{Pages, request};
 use crate::op::{Flow, Stop};
 use crate::state::slot;
 use crate::vcpu::{Cause, Vcpu};
@@ -378,11 +378,13 @@ impl Vcpu {
     /// Carries out what other processors asked for.
     pub(crate) fn serve_queue(&mut self) {
         let (queue, ticket) = self.attention.take();
-        for page in queue.revoke {
-            self.tlb.revoke_writes(page);
+        match queue.revoke {
+            Pages::Some(pages) => pages.into_iter().for_each(|p| self.tlb.revoke_writes(p)),
+            Pages::All => self.tlb.revoke_all_writes(),
         }
-        for page in queue.drop_code {
-            self.code.drop_page(page);
+        match queue.drop_code {
+            Pages::Some(pages) => pages.into_iter().for_each(|p| self.code.drop_page(p)),
+            Pages::All => self.code.clear(),
         }
         self.update_jump_key();
         self.attention.answer(ticket);

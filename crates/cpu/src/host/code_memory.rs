@@ -161,7 +161,10 @@ impl CodeMemory {
     pub(crate) fn new(size: usize, report: Report) -> io::Result<CodeMemory> {
         assert!(size.is_multiple_of(4096) && u32::try_from(size).is_ok());
         // SAFETY: the name is a string that ends in zero.
-        let file = unsafe { libc::memfd_create(c"eptide-code".as_ptr(), libc::MFD_CLOEXEC) };
+        let file = unsafe {
+            let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+            libc::memfd_create(c"eptide-code".as_ptr(), flags)
+        };
         if file < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -178,6 +181,17 @@ impl CodeMemory {
         };
         let writable = view(0, libc::PROT_READ | libc::PROT_WRITE)?;
         let executable = view(size + GUARD, libc::PROT_READ | libc::PROT_EXEC)?;
+        // Whoever finds the file among the process's mappings can neither change nor shorten it.
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+        // SAFETY: the descriptor is open. Kernels that do not know the seal on writing refuse.
+        unsafe {
+            libc::fcntl(
+                file.as_raw_fd(),
+                libc::F_ADD_SEALS,
+                libc::F_SEAL_FUTURE_WRITE,
+            );
+            libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals);
+        }
         let executable = executable.expose_provenance() as u64;
         let table = Box::into_raw(Box::new(Table {
             report,

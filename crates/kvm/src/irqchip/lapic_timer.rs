@@ -7,9 +7,9 @@
 
 use crate::time::{GuestTsc, monotonic_ns};
 
-/// A periodic timer is not run faster than this, in nanoseconds: a guest could otherwise keep
-/// the timer thread busy for ever.
-const SHORTEST_PERIOD: u64 = 100_000;
+/// A periodic timer is not run faster than this, in nanoseconds, whatever it is set to and in
+/// whatever order: a guest could otherwise keep the timer thread busy for ever. KVM's limit.
+const SHORTEST_PERIOD: u64 = 200_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
@@ -86,9 +86,6 @@ impl ApicTimer {
         } else {
             current as u64 * self.divide
         };
-        if mode(lvt) == Mode::Periodic {
-            self.period = self.period.max(SHORTEST_PERIOD.min(self.period * 1000));
-        }
         self.deadline = (initial != 0).then(|| monotonic_ns() + left);
         self.deadline
     }
@@ -109,6 +106,11 @@ impl ApicTimer {
         self.deadline
     }
 
+    /// Nanoseconds between two expiries of a periodic timer.
+    fn served_period(&self) -> u64 {
+        self.period.max(SHORTEST_PERIOD)
+    }
+
     /// The current-count register.
     pub(super) fn current_count(&self, lvt: u32) -> u32 {
         let Some(deadline) = self.deadline else {
@@ -120,7 +122,8 @@ impl ApicTimer {
         let now = monotonic_ns();
         let mut left = deadline.saturating_sub(now);
         if left == 0 && mode(lvt) == Mode::Periodic && self.period != 0 {
-            left = self.period - (now - deadline) % self.period;
+            let period = self.served_period();
+            left = period - (now - deadline) % period;
         }
         (left / self.divide).min(u32::MAX as u64) as u32
     }
@@ -173,8 +176,9 @@ impl ApicTimer {
         self.deadline = match mode(lvt) {
             // Ticks missed altogether coalesce; the phase is kept.
             Mode::Periodic if self.period != 0 => {
-                let missed = (now - deadline) / self.period;
-                Some(deadline + (missed + 1) * self.period)
+                let period = self.served_period();
+                let missed = (now - deadline) / period;
+                Some(deadline + (missed + 1) * period)
             }
             _ => None,
         };
@@ -236,6 +240,21 @@ mod tests {
                 next: Some(late + 3_000_000)
             })
         );
+    }
+
+    #[test]
+    fn no_period_is_shorter_than_the_shortest() {
+        for (initial, started_as) in [(1, PERIODIC), (1_000, PERIODIC), (1_000, 0), (150_000, 0)] {
+            let mut timer = ApicTimer::new();
+            timer.set_divide(started_as, 0b1011);
+            timer.start(started_as, initial).unwrap();
+            // Made periodic while it runs, and faster.
+            timer.set_divide(PERIODIC, 0b1011);
+            let deadline = monotonic_ns();
+            timer.deadline = Some(deadline);
+            let next = timer.expire(PERIODIC).unwrap().next.unwrap();
+            assert!(next - deadline >= SHORTEST_PERIOD, "{initial}: {next}");
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use kvm_bindings::{KVM_PIT_FLAGS_HPET_LEGACY, kvm_pit_channel_state, kvm_pit_sta
 /// Frequency of the counters in Hz.
 pub const FREQUENCY: u64 = 1_193_182;
 /// Channel 0 is not run with a shorter period than this, in nanoseconds.
-const SHORTEST_PERIOD: u64 = 100_000;
+const SHORTEST_PERIOD: u64 = 200_000;
 const NS: u64 = 1_000_000_000;
 
 /// Which byte a 16-bit access is at.
