@@ -331,6 +331,12 @@ extern "C" fn on_signal(
     };
     // SAFETY: the kernel filled in what it, or a handler that it called, hands over.
     let is_raised = unsafe { is_raised(info) };
+    // SAFETY: as above.
+    let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+    // Also if a handler that the program has put in front hands over what is not its own.
+    if is_raised && crate::host::on_fault(registers) {
+        return;
+    }
     if context as usize != stack + size_of::<usize>() {
         let chained = CHAINED.with(|chained| chained.replace(chained.get() + 1));
         let disposition = match chained {
@@ -338,11 +344,6 @@ extern "C" fn on_signal(
             _ => Disposition::default(),
         };
         return act(&disposition, claimed, signal, info, context);
-    }
-    // SAFETY: as above.
-    let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
-    if is_raised && crate::host::on_fault(registers) {
-        return;
     }
     let observer = OBSERVER.load(Ordering::Acquire);
     if !is_raised && observer != 0 {
