@@ -137,6 +137,19 @@ impl Segment {
         }
     }
 
+    /// The highest offset in the segment, where limits are checked.
+    pub const fn highest_offset(&self) -> u64 {
+        let is_code = self.access.has(AccessRights::CODE);
+        if is_code || !self.access.has(AccessRights::EC) {
+            return self.limit as u64;
+        }
+        if self.access.has(AccessRights::DB) {
+            0xffff_ffff
+        } else {
+            0xffff
+        }
+    }
+
     /// A real-mode style segment: base = selector × 16, limit 64 KiB.
     pub const fn real_mode(selector: u16, code: bool) -> Segment {
         Segment {

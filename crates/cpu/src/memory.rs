@@ -453,7 +453,10 @@ impl Vcpu {
         Ok(is_exchanged)
     }
 
-    fn on_bus(&mut self, access: impl FnOnce(&mut dyn Bus) -> BusResponse) -> Result<(), Stop> {
+    pub(crate) fn on_bus(
+        &mut self,
+        access: impl FnOnce(&mut dyn Bus) -> BusResponse,
+    ) -> Result<(), Stop> {
         let Some(bus) = self.bus else {
             return Err(self.stop_with(Cause::Unhandled));
         };

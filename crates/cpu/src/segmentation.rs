@@ -270,16 +270,7 @@ impl Vcpu {
         } else {
             !code || access.has(AccessRights::RW)
         };
-        let inside = if expand_down {
-            let top = if access.has(AccessRights::DB) {
-                0xffff_ffff
-            } else {
-                0xffff
-            };
-            offset > limit && last <= top
-        } else {
-            last <= limit
-        };
+        let inside = last <= segment.highest_offset() && (!expand_down || offset > limit);
         if allowed && inside {
             return Ok(());
         }

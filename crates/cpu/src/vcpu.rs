@@ -33,6 +33,21 @@ pub trait Bus {
         let _ = old;
         self.write(gpa, new)
     }
+    /// Whether ports are on this bus, too: INS and OUTS are emulated with it then, instead of
+    /// exiting, one element at a time.
+    fn has_ports(&self) -> bool {
+        false
+    }
+    /// Reads a port, of up to four bytes.
+    fn read_port(&mut self, port: u16, data: &mut [u8]) -> BusResponse {
+        let _ = (port, data);
+        BusResponse::Fault
+    }
+    /// Writes a port. The processor accesses nothing any more then.
+    fn write_port(&mut self, port: u16, data: &[u8]) -> BusResponse {
+        let _ = (port, data);
+        BusResponse::Fault
+    }
 }
 
 /// How a [`Bus`] access went.

@@ -222,14 +222,18 @@ impl Core {
         Ok(())
     }
 
-    /// Checks that linear memory can be written by the current instruction.
+    /// Checks that linear memory is there and can be written by the current instruction.
     pub(crate) fn probe_write_linear(
         &self,
         vcpu: &Vcpu,
         gva: u64,
         length: usize,
     ) -> Result<(), LinearError> {
-        self.probe_linear(vcpu, gva, length, self.data_access(true))
+        let space = self.mmu.address_space();
+        let access = self.data_access(true);
+        self.by_page(vcpu, gva, length, access, |mmu, gpa, _| {
+            mmu.takes_writes(space, gpa)
+        })
     }
 
     /// Checks that linear memory can be written as the processor writes its own structures.
@@ -239,16 +243,7 @@ impl Core {
         gva: u64,
         length: usize,
     ) -> Result<(), LinearError> {
-        self.probe_linear(vcpu, gva, length, Access::IMPLICIT | Access::WRITE)
-    }
-
-    fn probe_linear(
-        &self,
-        vcpu: &Vcpu,
-        gva: u64,
-        length: usize,
-        access: Access,
-    ) -> Result<(), LinearError> {
+        let access = Access::IMPLICIT | Access::WRITE;
         self.by_page(vcpu, gva, length, access, |_, _, _| Ok(()))
     }
 

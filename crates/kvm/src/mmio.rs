@@ -8,10 +8,13 @@
 //! so none is made twice either.
 //!
 //! User space sees fragments of at most 8 bytes.
+//!
+//! INS and OUTS whose memory is a device are emulated so as well: their port is on the bus then.
 
 use crate::eventfd::IoSpace;
 use crate::exits::{self, Outcome, emulation_failure};
 use crate::irqchip::lapic::LocalApic;
+use crate::port_io;
 use crate::vcpu::{Completion, Core, Vcpu};
 use crate::vm::Vm;
 use arch::addr::Gpa;
@@ -33,6 +36,8 @@ const FRAGMENT: usize = 8;
 /// An access of an instruction being emulated.
 #[derive(Clone, Debug)]
 struct Transfer {
+    space: IoSpace,
+    /// Guest-physical, or a port.
     gpa: u64,
     data: SmallVec<[u8; 16]>,
 }
@@ -40,8 +45,17 @@ struct Transfer {
 impl Transfer {
     fn new(gpa: u64, data: &[u8]) -> Transfer {
         Transfer {
+            space: IoSpace::Memory,
             gpa,
             data: SmallVec::from_slice(data),
+        }
+    }
+
+    /// The same of a port.
+    fn at_port(self) -> Transfer {
+        Transfer {
+            space: IoSpace::Port,
+            ..self
         }
     }
 
@@ -53,7 +67,11 @@ impl Transfer {
         } else {
             smallvec![0; length]
         };
-        Transfer { gpa, data }
+        Transfer {
+            space: IoSpace::Memory,
+            gpa,
+            data,
+        }
     }
 }
 
@@ -65,6 +83,8 @@ pub(crate) struct Emulation {
     pub(crate) rip: u64,
     /// A guest-physical page that no memslot holds, as the MMU's entry for it said.
     device: Option<u64>,
+    /// It is INS or OUTS, and the port is the bus's, too.
+    has_ports: bool,
     /// Further pages that go to the bus, found on the way.
     more_hints: Vec<MmioHint>,
     /// Reads answered so far.
@@ -82,6 +102,7 @@ impl Emulation {
         self.hint = hint;
         self.rip = rip;
         self.device = None;
+        self.has_ports = false;
         self.more_hints.clear();
         self.answered.clear();
         self.asking = None;
@@ -101,6 +122,7 @@ struct MmioBus<'a> {
     apic: Option<&'a LocalApic>,
     space: AddressSpace,
     device: Option<u64>,
+    has_ports: bool,
     answered: &'a mut Vec<Transfer>,
     next_answer: usize,
     /// The last of `answered` is not: user space must answer it.
@@ -116,6 +138,18 @@ impl MmioBus<'_> {
         if let Some(gate) = self.gate.take() {
             gate.exit();
         }
+    }
+
+    /// What is known already of the next read.
+    fn answer(&mut self, space: IoSpace, gpa: u64, data: &mut [u8]) -> Option<BusResponse> {
+        let answer = self.answered.get(self.next_answer)?;
+        self.next_answer += 1;
+        // The same instruction asks for the same: its code and registers have not changed.
+        if (answer.space, answer.gpa, answer.data.len()) != (space, gpa, data.len()) {
+            return Some(BusResponse::Fault);
+        }
+        data.copy_from_slice(&answer.data);
+        Some(BusResponse::Done)
     }
 
     /// What memory or a device in this process answers.
@@ -168,14 +202,8 @@ fn read_register(gpa: u64, data: &mut [u8], read: impl Fn(u32) -> u32) {
 
 impl Bus for MmioBus<'_> {
     fn read(&mut self, gpa: u64, data: &mut [u8]) -> BusResponse {
-        if let Some(answer) = self.answered.get(self.next_answer) {
-            self.next_answer += 1;
-            // The same instruction asks for the same: its code and registers have not changed.
-            if answer.gpa != gpa || answer.data.len() != data.len() {
-                return BusResponse::Fault;
-            }
-            data.copy_from_slice(&answer.data);
-            return BusResponse::Done;
+        if let Some(response) = self.answer(IoSpace::Memory, gpa, data) {
+            return response;
         }
         if !self.read_here(gpa, data) {
             self.answered.push(Transfer::unanswered(gpa, data.len()));
@@ -184,6 +212,31 @@ impl Bus for MmioBus<'_> {
         }
         self.answered.push(Transfer::new(gpa, data));
         self.next_answer += 1;
+        BusResponse::Done
+    }
+
+    fn has_ports(&self) -> bool {
+        self.has_ports
+    }
+
+    fn read_port(&mut self, port: u16, data: &mut [u8]) -> BusResponse {
+        if let Some(response) = self.answer(IoSpace::Port, port.into(), data) {
+            return response;
+        }
+        if !port_io::read_here(self.vm, port, data) {
+            let read = Transfer::unanswered(port.into(), data.len());
+            self.answered.push(read.at_port());
+            self.asks = true;
+            return BusResponse::Later;
+        }
+        self.answered
+            .push(Transfer::new(port.into(), data).at_port());
+        self.next_answer += 1;
+        BusResponse::Done
+    }
+
+    fn write_port(&mut self, port: u16, data: &[u8]) -> BusResponse {
+        self.writes.push(Transfer::new(port.into(), data).at_port());
         BusResponse::Done
     }
 
@@ -234,6 +287,13 @@ pub(crate) fn emulate(core: &mut Core, vcpu: &Vcpu, hint: Option<MmioHint>) -> O
     advance(core, vcpu, None)
 }
 
+/// Emulates one element of the INS or OUTS at RIP, whose memory is not memory.
+pub(crate) fn emulate_string_io(core: &mut Core, vcpu: &Vcpu) -> Outcome {
+    core.emulation.begin(core.cpu.state.rip, None);
+    core.emulation.has_ports = true;
+    advance(core, vcpu, None)
+}
+
 /// Executes the instruction at RIP, whatever it accesses, with `observer` watching. An instruction
 /// that waits for user space goes on with what it has.
 pub(crate) fn step(core: &mut Core, vcpu: &Vcpu, observer: &mut dyn cpu::Observer) -> Outcome {
@@ -265,6 +325,7 @@ fn advance(core: &mut Core, vcpu: &Vcpu, observer: Option<&mut dyn cpu::Observer
             apic: vcpu.apic().map(|apic| &**apic),
             space: core.mmu.address_space(),
             device: core.emulation.device,
+            has_ports: core.emulation.has_ports,
             answered: &mut answered,
             next_answer: 0,
             asks: false,
@@ -364,7 +425,12 @@ fn ask(core: &mut Core, vcpu: &Vcpu) -> Outcome {
     };
     let length = (transfer.data.len() - done).min(FRAGMENT);
     let gpa = transfer.gpa + done as u64;
-    exit_mmio(core, vcpu, gpa, length, None);
+    if transfer.space == IoSpace::Port {
+        core.counters.io_exits += 1;
+        port_io::exit_io(core, vcpu, gpa as u16, true, length as u8, 1);
+    } else {
+        exit_mmio(core, vcpu, gpa, length, None);
+    }
     core.completion = Some(Completion::MmioRead);
     Outcome::Exit
 }
@@ -387,8 +453,9 @@ fn exit_mmio(core: &mut Core, vcpu: &Vcpu, gpa: u64, length: usize, write: Optio
 
 /// User space has answered a fragment of a read.
 pub(crate) fn complete_read(core: &mut Core, vcpu: &Vcpu) -> Outcome {
-    // SAFETY: the exit that this completes filled this member, and every bit pattern is valid.
-    let data = unsafe { vcpu.kvm_run(core).__bindgen_anon_1.mmio.data };
+    // SAFETY: every bit pattern is valid; the exit that this completes filled the member, unless it
+    // was of a port.
+    let mut data = unsafe { vcpu.kvm_run(core).__bindgen_anon_1.mmio.data };
     if core.cpu.state.rip != core.emulation.rip {
         // User space put the vCPU elsewhere: this instruction is given up.
         return Outcome::Resume;
@@ -399,6 +466,9 @@ pub(crate) fn complete_read(core: &mut Core, vcpu: &Vcpu) -> Outcome {
         return Outcome::Resume;
     };
     let length = (transfer.data.len() - done).min(FRAGMENT);
+    if transfer.space == IoSpace::Port {
+        vcpu.run_area().read_pio(&mut data[..length]);
+    }
     transfer.data[done..done + length].copy_from_slice(&data[..length]);
     if done + length < transfer.data.len() {
         emulation.asking = Some(done + length);
@@ -415,6 +485,18 @@ pub(crate) fn complete_write(core: &mut Core, vcpu: &Vcpu) -> Outcome {
 /// Makes the collected writes, up to one that user space must take.
 fn drain_writes(core: &mut Core, vcpu: &Vcpu) -> Outcome {
     while let Some(write) = core.emulation.writes.front().cloned() {
+        if write.space == IoSpace::Port {
+            core.emulation.writes.pop_front();
+            if port_io::write_here(vcpu.vm(), write.gpa as u16, &write.data) {
+                continue;
+            }
+            core.counters.io_exits += 1;
+            vcpu.run_area().write_pio(&write.data);
+            let (port, size) = (write.gpa as u16, write.data.len() as u8);
+            port_io::exit_io(core, vcpu, port, false, size, 1);
+            core.completion = Some(Completion::MmioWrite);
+            return Outcome::Exit;
+        }
         let done = core.emulation.written;
         if done == 0 {
             match write_here(core, vcpu, &write) {

@@ -6,10 +6,13 @@
 
 use crate::eventfd::IoSpace;
 use crate::exits::{Outcome, linear_error};
+use crate::guest_walk::LinearError;
 use crate::run_area::PIO_OFFSET;
 use crate::vcpu::{Completion, Core, Vcpu};
+use crate::vm::Vm;
 use arch::control_registers::Rflags;
 use arch::exit::{IoAccess, VmExit};
+use arch::segment::SegmentName;
 use cpu::Gpr;
 use kvm_bindings::{
     KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, KVM_X86_QUIRK_OUT_7E_INC_RIP,
@@ -47,6 +50,9 @@ struct StringOperand {
     gva: u64,
     /// Mask of the address size.
     mask: u64,
+    /// Elements up to where the index wraps or the segment ends; the next one is the processor's
+    /// to look at.
+    reach: u64,
 }
 
 /// An I/O instruction exited.
@@ -63,14 +69,14 @@ fn single(core: &mut Core, vcpu: &Vcpu, exit: &VmExit, access: IoAccess) -> Outc
     let size = access.size as usize;
     if access.input {
         let mut data = [0; 4];
-        if read_here(vcpu, access.port, &mut data[..size]) {
+        if read_here(vcpu.vm(), access.port, &mut data[..size]) {
             set_accumulator(core, &data[..size]);
             core.skip(exit);
             return Outcome::Resume;
         }
     } else {
         let data = core.cpu.state.gpr(Gpr::Rax).to_le_bytes();
-        if write_here(vcpu, access.port, &data[..size]) {
+        if write_here(vcpu.vm(), access.port, &data[..size]) {
             core.skip(exit);
             return Outcome::Resume;
         }
@@ -121,7 +127,20 @@ fn to_user(
         core.completion = None;
         core.skip(exit);
     }
-    let direction = if access.input {
+    exit_io(core, vcpu, access.port, access.input, access.size, count);
+    Outcome::Exit
+}
+
+/// KVM_EXIT_IO; the data of a write is in its page.
+pub(crate) fn exit_io(
+    core: &mut Core,
+    vcpu: &Vcpu,
+    port: u16,
+    input: bool,
+    size: u8,
+    count: usize,
+) {
+    let direction = if input {
         KVM_EXIT_IO_IN
     } else {
         KVM_EXIT_IO_OUT
@@ -130,12 +149,11 @@ fn to_user(
     run.exit_reason = KVM_EXIT_IO;
     run.__bindgen_anon_1.io = kvm_run__bindgen_ty_1__bindgen_ty_4 {
         direction: direction as u8,
-        size: access.size,
-        port: access.port,
+        size,
+        port,
         count: count as u32,
         data_offset: PIO_OFFSET as u64,
     };
-    Outcome::Exit
 }
 
 /// Completes port I/O that user space has served.
@@ -175,8 +193,8 @@ pub(crate) fn complete(core: &mut Core, vcpu: &Vcpu) -> Outcome {
 }
 
 /// Reads a port of a device in this process.
-fn read_here(vcpu: &Vcpu, port: u16, data: &mut [u8]) -> bool {
-    let Some(chip) = vcpu.vm().irqchip() else {
+pub(crate) fn read_here(vm: &Vm, port: u16, data: &mut [u8]) -> bool {
+    let Some(chip) = vm.irqchip() else {
         return false;
     };
     let Some(value) = chip.read_port(port) else {
@@ -188,8 +206,7 @@ fn read_here(vcpu: &Vcpu, port: u16, data: &mut [u8]) -> bool {
 }
 
 /// Writes a port of a device in this process, signals an ioeventfd, or coalesces.
-fn write_here(vcpu: &Vcpu, port: u16, data: &[u8]) -> bool {
-    let vm = vcpu.vm();
+pub(crate) fn write_here(vm: &Vm, port: u16, data: &[u8]) -> bool {
     if vm
         .irqchip()
         .is_some_and(|chip| chip.write_port(port, data[0]))
@@ -210,6 +227,7 @@ fn string(core: &mut Core, vcpu: &Vcpu, exit: &VmExit, access: IoAccess) -> Outc
     let operand = StringOperand {
         gva: exit.guest_linear_address,
         mask,
+        reach: reach(core, exit, access, mask),
     };
     let remaining = remaining(core, &access, mask);
     if remaining == 0 {
@@ -224,14 +242,17 @@ fn string(core: &mut Core, vcpu: &Vcpu, exit: &VmExit, access: IoAccess) -> Outc
     } else {
         core.read_linear(vcpu, operand.gva, bytes)
     };
-    if let Err(error) = prepared {
-        return linear_error(core, vcpu, error);
+    match prepared {
+        Ok(()) => {}
+        // A device: one element, by the processor.
+        Err(LinearError::NoMemory) => return crate::mmio::emulate_string_io(core, vcpu),
+        Err(error) => return linear_error(core, vcpu, error),
     }
     let length = exit.instruction_length as u64;
     if access.input {
         if !bytes
             .chunks_mut(size)
-            .all(|element| read_here(vcpu, access.port, element))
+            .all(|element| read_here(vcpu.vm(), access.port, element))
         {
             return to_user(core, vcpu, exit, access, count, operand);
         }
@@ -243,7 +264,7 @@ fn string(core: &mut Core, vcpu: &Vcpu, exit: &VmExit, access: IoAccess) -> Outc
     }
     let taken = bytes
         .chunks(size)
-        .take_while(|element| write_here(vcpu, access.port, element))
+        .take_while(|element| write_here(vcpu.vm(), access.port, element))
         .count();
     if taken != 0 {
         // A doorbell may want other data, and the ring may be full: the rest goes its own way.
@@ -274,7 +295,28 @@ fn batch(core: &Core, operand: &StringOperand, size: usize, remaining: u64) -> u
         return 1;
     }
     let in_page = (4096 - (operand.gva & 0xfff) as usize) / size;
-    (in_page.clamp(1, BATCH / size) as u64).min(remaining) as usize
+    (in_page.clamp(1, BATCH / size) as u64)
+        .min(remaining)
+        .min(operand.reach) as usize
+}
+
+/// How many elements, counting up, lie before the index wraps and inside the segment. The processor
+/// has checked the first.
+fn reach(core: &Core, exit: &VmExit, access: IoAccess, mask: u64) -> u64 {
+    let (index, segment) = if access.input {
+        (Gpr::Rdi, SegmentName::Es as usize)
+    } else {
+        (Gpr::Rsi, (exit.instruction_info >> 15 & 7) as usize)
+    };
+    let state = &core.cpu.state;
+    let (offset, size) = (state.gpr(index) & mask, u64::from(access.size));
+    let before_wrap = (mask - offset) / size + 1;
+    if core.is_64bit() {
+        return before_wrap;
+    }
+    let last = state.segments[segment].highest_offset();
+    let in_segment = (last + 1).saturating_sub(offset) / size;
+    before_wrap.min(in_segment).max(1)
 }
 
 fn store(

@@ -29,6 +29,8 @@ mod rewritten;
 mod smm;
 #[path = "stress.rs"]
 mod stress;
+#[path = "string_io.rs"]
+mod string_io;
 #[path = "task_priority.rs"]
 mod task_priority;
 #[path = "task_switch.rs"]

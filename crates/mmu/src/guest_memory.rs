@@ -75,6 +75,14 @@ impl Mmu {
         Ok(())
     }
 
+    /// Whether [`Mmu::write_guest`] would find memory that takes writes at an address.
+    pub fn takes_writes(&self, space: AddressSpace, gpa: Gpa) -> Result<(), AccessError> {
+        let slots = self.slots();
+        let slot = slots.find(space, gpa.gfn()).filter(|slot| !slot.is_invalid);
+        let slot = slot.ok_or(AccessError::NoMemory(gpa))?;
+        self.accessible(slot, gpa, HostAccess::Write).map(|_| ())
+    }
+
     /// Writes `new` to guest memory if `old` is there, and makes `old` what was found; whether it
     /// was written. Atomic for
     /// 1, 2, 4, 8 and (where the processor can) 16 aligned bytes. Others are compared and written

@@ -29,6 +29,37 @@ impl Vcpu {
         }
         self.stop_with(Cause::Exit(exit))
     }
+
+    /// One element of INS or OUTS where no port is anybody's: they read as ones.
+    fn move_unclaimed(&mut self, access: &IoAccess, linear: u64, segment: u8) -> Result<(), Stop> {
+        let size = access.size.into();
+        if access.input {
+            self.write_bytes(linear, segment, &[0xff; 4][..size])
+        } else {
+            self.check_read(linear, size, segment)
+        }
+    }
+
+    /// Whether the instruction is emulated on a bus that has ports.
+    fn has_port_bus(&self) -> bool {
+        // SAFETY: set by whoever emulates, for as long as the instruction takes.
+        self.bus
+            .is_some_and(|bus| unsafe { bus.as_ref() }.has_ports())
+    }
+
+    /// Moves one element of INS or OUTS between memory and a port of the bus.
+    fn move_element(&mut self, access: &IoAccess, linear: u64, segment: u8) -> Result<(), Stop> {
+        let mut data = [0; 4];
+        let data = &mut data[..access.size.into()];
+        if access.input {
+            // What cannot be stored must not be taken from the device.
+            self.check_write(linear, data.len(), segment)?;
+            self.on_bus(|bus| bus.read_port(access.port, data))?;
+            return self.write_bytes(linear, segment, data);
+        }
+        self.read_bytes(linear, segment, data)?;
+        self.on_bus(|bus| bus.write_port(access.port, data))
+    }
 }
 
 /// IN and OUT. `aux` is the size, `aux2` bit 0 is set for IN, bit 1 for an immediate port, whose
@@ -80,22 +111,21 @@ pub(crate) fn string_io(cpu: &mut Vcpu, op: &Op) -> Flow {
     let offset = cpu.sized_reg(register, op.aux2);
     let segment = if input { 0 } else { op.segment };
     let linear = attempt!(cpu.linear(segment, offset, op.aux.into(), input));
-    if cpu.io_exits(port, op.aux) {
-        let access = IoAccess {
-            size: op.aux,
-            input,
-            string: true,
-            rep,
-            immediate: false,
-            port,
-        };
+    let access = IoAccess {
+        size: op.aux,
+        input,
+        string: true,
+        rep,
+        immediate: false,
+        port,
+    };
+    if !cpu.io_exits(port, op.aux) {
+        attempt!(cpu.move_unclaimed(&access, linear, segment));
+    } else if cpu.has_port_bus() {
+        attempt!(cpu.move_element(&access, linear, segment));
+    } else {
         cpu.io_exit(op, access, linear);
         return Flow::Stop;
-    }
-    if input {
-        attempt!(cpu.write_bytes(linear, segment, &[0xff; 4][..op.aux.into()]));
-    } else {
-        attempt!(cpu.check_read(linear, op.aux.into(), segment));
     }
     let step: u64 = op.aux.into();
     let down = cpu.state.rflags_rest & arch::control_registers::Rflags::DF.bits() != 0;
