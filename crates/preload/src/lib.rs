@@ -13,6 +13,7 @@
 //! without help, and only the calls that name `/dev/kvm` or carry KVM's requests are looked at.
 
 mod dispositions;
+mod forks;
 mod next;
 mod objects;
 mod symbols;

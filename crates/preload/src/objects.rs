@@ -6,6 +6,7 @@
 //! file was closed (inotify), and a lease, which only a file's sole opener is granted, tells that
 //! nobody else has it open. The object is dropped then. A VM lives on with its vCPUs.
 
+use crate::forks;
 use crate::symbols::overlay;
 use kvm::ioctl::{Answer, Object};
 use kvm::{Kvm, VcpuFd, VmFd};
@@ -84,7 +85,7 @@ pub(crate) fn renumbered() {
 
 fn find(fd: RawFd) -> Option<Arc<Known>> {
     // Before anything that a program may not be ready for.
-    if !IS_USED.load(Ordering::Relaxed) {
+    if !IS_USED.load(Ordering::Relaxed) || forks::is_child() {
         return None;
     }
     let epoch = EPOCH.load(Ordering::Acquire);
@@ -137,9 +138,10 @@ fn publish(kind: Kind, file: BorrowedFd<'_>, flags: OFlags) -> Result<RawFd, i32
 /// not come with the fork.
 pub(crate) fn open(flags: libc::c_int) -> Result<libc::c_int, i32> {
     guarded(|| {
-        if PROCESS.load(Ordering::Relaxed) != 0 {
+        if forks::is_child() || PROCESS.load(Ordering::Relaxed) != 0 {
             return Err(libc::EIO);
         }
+        forks::mark();
         count_forks();
         let kvm = Kvm::new().map_err(|error| error.errno())?;
         let file = rustix::fs::memfd_create("kvm", MemfdFlags::CLOEXEC).map_err(errno)?;
@@ -150,6 +152,9 @@ pub(crate) fn open(flags: libc::c_int) -> Result<libc::c_int, i32> {
 
 /// An ioctl of KVM's on a descriptor; `None` if that is not one of an object here.
 pub(crate) fn ioctl(fd: RawFd, request: u32, argument: u64) -> Option<Result<libc::c_int, i32>> {
+    if forks::is_child() {
+        return forks::is_objects_file(fd).then_some(Err(libc::EIO));
+    }
     let known = find(fd)?;
     Some(guarded(|| {
         if known.process != PROCESS.load(Ordering::Relaxed) {
@@ -238,6 +243,9 @@ pub(crate) fn map_shared_page(
 
 /// Ends every KVM_RUN.
 pub(crate) fn interrupt_vcpus() {
+    if forks::is_child() {
+        return;
+    }
     let objects = OBJECTS.read().unwrap_or_else(PoisonError::into_inner);
     for known in objects.values() {
         if let Kind::Vcpu(vcpu) = &known.kind {
@@ -326,6 +334,9 @@ pub(crate) fn close(fd: RawFd, close: impl FnOnce() -> libc::c_int) -> libc::c_i
 /// A descriptor's object, if it is one of this process; none where it cannot be told now, in a
 /// signal's handler or after a fork.
 fn object_of(fd: RawFd) -> Option<Identity> {
+    if forks::is_child() {
+        return None;
+    }
     let identity = identity_of(fd)?;
     let objects = OBJECTS.try_read().ok()?;
     let known = objects.get(&identity)?;
@@ -343,6 +354,7 @@ pub(crate) fn unmap(
 ) -> libc::c_int {
     let range = address..address.saturating_add(length);
     let is_vcpu = IS_USED.load(Ordering::Relaxed)
+        && !forks::is_child()
         && MAPPINGS
             .try_read()
             .is_ok_and(|mappings| mappings.iter().any(|(at, _)| range.contains(at)));

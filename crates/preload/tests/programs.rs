@@ -222,6 +222,68 @@ fn a_forks_child_has_no_part_in_a_vm() {
     assert!(matches!(vcpu.run().unwrap(), VcpuExit::IoOut(0x80, _)));
 }
 
+/// Makes and closes VMs until told to stop.
+fn churn(stop: &std::sync::atomic::AtomicBool) {
+    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+        drop(machine());
+    }
+}
+
+#[test]
+fn a_forks_child_waits_for_no_lock_of_its_parents() {
+    if again("a_forks_child_waits_for_no_lock_of_its_parents") {
+        return;
+    }
+    let (kvm, _vm, vcpu) = machine();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| churn(&stop));
+        }
+        for round in 0..150 {
+            // SAFETY: a mapping of the vCPU's, which the child gives up; the child makes system
+            // calls only.
+            let (area, child) = unsafe {
+                let (protection, length) = (libc::PROT_READ | libc::PROT_WRITE, 3 * 4096);
+                let fd = vcpu.as_raw_fd();
+                let null = std::ptr::null_mut();
+                let area = libc::mmap(null, length, protection, libc::MAP_SHARED, fd, 0);
+                assert_ne!(area, libc::MAP_FAILED);
+                (area, libc::fork())
+            };
+            if child == 0 {
+                let refused = [
+                    ioctl(vcpu.as_raw_fd(), RUN, 0),
+                    ioctl(kvm.as_raw_fd(), GET_API_VERSION, 0),
+                ];
+                // SAFETY: the mapping made above, and the child's descriptors; ends the process.
+                unsafe {
+                    libc::munmap(area, 3 * 4096);
+                    libc::close(vcpu.as_raw_fd());
+                    libc::_exit(i32::from(refused != [Err(libc::EIO); 2]));
+                }
+            }
+            let mut status = -1;
+            for _ in 0..2000 {
+                // SAFETY: the child's ID, and room for its status.
+                if unsafe { libc::waitpid(child, &mut status, libc::WNOHANG) } == child {
+                    break;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            if status != 0 {
+                stop.store(true, std::sync::atomic::Ordering::Relaxed);
+                // SAFETY: the child's ID.
+                unsafe { libc::kill(child, libc::SIGKILL) };
+            }
+            assert_eq!(status, 0, "child {round}");
+            // SAFETY: the mapping made above.
+            assert_eq!(unsafe { libc::munmap(area, 3 * 4096) }, 0);
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+}
+
 extern "C" fn nothing(_: libc::c_int) {}
 
 #[test]
