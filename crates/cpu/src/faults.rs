@@ -192,6 +192,10 @@ fn claim_for(program: &Disposition) -> Disposition {
     }
 }
 
+fn is_entry(found: &Disposition) -> bool {
+    found.handler == entry as *const () as usize
+}
+
 /// Claims the signals once per process, in front of what handles them now.
 pub(crate) fn install() {
     static INSTALL: Once = Once::new();
@@ -205,7 +209,6 @@ pub fn claim() {
         if claimed.is_ending.load(Ordering::Acquire) {
             continue;
         }
-        let is_entry = |found: &Disposition| found.handler == entry as *const () as usize;
         if kernel_exchange(signal, None).is_none_or(|found| is_entry(&found)) {
             continue;
         }
@@ -337,13 +340,19 @@ extern "C" fn on_signal(
     if is_raised && crate::host::on_fault(registers) {
         return;
     }
+    // SAFETY: as above.
+    let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+    if is_raised && crate::host::on_fault(registers) {
+        return;
+    }
     if context as usize != stack + size_of::<usize>() {
-        let chained = CHAINED.with(|chained| chained.replace(chained.get() + 1));
-        let disposition = match chained {
-            0 => claimed.before.read(),
-            _ => Disposition::default(),
-        };
-        return act(&disposition, claimed, signal, info, context);
+        return act(
+            &predecessor(claimed, signal),
+            claimed,
+            signal,
+            info,
+            context,
+        );
     }
     let observer = OBSERVER.load(Ordering::Acquire);
     if !is_raised && observer != 0 {
@@ -354,6 +363,18 @@ extern "C" fn on_signal(
         }
     }
     forward(signal, info, context);
+}
+
+/// The disposition that a handler means which calls [`entry`].
+fn predecessor(claimed: &Claimed, signal: libc::c_int) -> Disposition {
+    let is_claimed = kernel_exchange(signal, None).is_some_and(|found| is_entry(&found));
+    let chained = CHAINED.with(|chained| chained.replace(chained.get() + 1));
+    match (is_claimed, chained) {
+        // It is the one that the kernel calls, and that nobody has found yet.
+        (false, _) => claimed.program.read(),
+        (true, 0) => claimed.before.read(),
+        (true, _) => Disposition::default(),
+    }
 }
 
 /// Does what the program wants to be done at a signal that is claimed.
@@ -485,7 +506,7 @@ mod tests {
 
     /// A handler that was installed without [`exchange_program`], in a child that makes system
     /// calls only; the signal that the child ends by.
-    fn ends_by(is_raised: bool) -> libc::c_int {
+    fn ends_by(is_raised: bool, is_found: bool) -> libc::c_int {
         install();
         // SAFETY: a child with one thread; dispositions that are valid.
         unsafe {
@@ -495,7 +516,9 @@ mod tests {
                 CHAIN.store(new.handler, Ordering::Relaxed);
                 new.handler = chaining as *const () as usize;
                 kernel_exchange(libc::SIGFPE, Some(&new));
-                claim();
+                if is_found {
+                    claim();
+                }
                 let thread = libc::syscall(libc::SYS_gettid);
                 if is_raised {
                     std::arch::asm!("div {0:e}", in(reg) 0, inout("eax") 1 => _, inout("edx") 0 => _);
@@ -512,8 +535,34 @@ mod tests {
 
     #[test]
     fn a_handler_may_call_the_one_that_it_was_told() {
-        assert_eq!(ends_by(true), libc::SIGFPE);
-        assert_eq!(ends_by(false), libc::SIGFPE);
+        for is_found in [false, true] {
+            assert_eq!(ends_by(true, is_found), libc::SIGFPE);
+            assert_eq!(ends_by(false, is_found), libc::SIGFPE);
+        }
+    }
+
+    /// A program's handler stands in front of [`entry`] and passes on what it does not know.
+    #[test]
+    fn a_guests_fault_that_is_passed_on_is_taken() {
+        install();
+        // SAFETY: a child with one thread, which ends by itself; an address where nothing is.
+        unsafe {
+            let child = libc::fork();
+            if child == 0 {
+                let mut new = kernel_exchange(libc::SIGSEGV, None).unwrap_or_default();
+                CHAIN.store(new.handler, Ordering::Relaxed);
+                new.handler = chaining as *const () as usize;
+                kernel_exchange(libc::SIGSEGV, Some(&new));
+                let result = <u32 as crate::host::HostInt>::load(8);
+                libc::_exit(if result.is_err() { 5 } else { 6 });
+            }
+            let mut status = 0;
+            assert_eq!(libc::waitpid(child, &mut status, 0), child);
+            assert_eq!(
+                (libc::WIFEXITED(status), libc::WEXITSTATUS(status)),
+                (true, 5)
+            );
+        }
     }
 
     #[test]
