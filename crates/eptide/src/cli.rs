@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -47,11 +47,19 @@ pub(crate) struct ExecArgs {
     /// Two-dimensional paging (on) or shadow paging (off) in its VMs
     #[arg(long, value_name = "on|off", value_parser = parse_switch)]
     pub(crate) ept: Option<bool>,
-    /// The program
-    pub(crate) program: OsString,
-    /// Its arguments
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    pub(crate) arguments: Vec<OsString>,
+    /// The program and its arguments: everything from here on is the program's
+    #[arg(trailing_var_arg = true, required = true, value_names = ["PROGRAM", "ARGUMENTS"])]
+    pub(crate) command: Vec<OsString>,
+}
+
+impl ExecArgs {
+    /// The program's name and its arguments.
+    pub(crate) fn split(&self) -> (&OsStr, &[OsString]) {
+        match self.command.split_first() {
+            Some((name, arguments)) => (name, arguments),
+            None => (OsStr::new(""), &[]),
+        }
+    }
 }
 
 /// Arguments of `run`.
@@ -218,5 +226,65 @@ mod tests {
         assert_eq!((run.machine.cpus, run.machine.ept), (4, Some(false)));
         assert_eq!(run.machine.disks.len(), 2);
         assert_eq!(run.append, "console=ttyS0");
+    }
+}
+
+#[cfg(test)]
+mod exec_tests {
+    use super::*;
+
+    /// What `exec` is given, and what it takes of that for its own and for the program's.
+    fn taken(words: &[&str]) -> (Option<bool>, Vec<String>) {
+        let all = ["eptide", "exec"].iter().chain(words);
+        let Command::Exec(args) = Cli::try_parse_from(all).unwrap().command else {
+            panic!("{words:?}");
+        };
+        let words = args
+            .command
+            .iter()
+            .map(|word| word.to_str().unwrap().to_owned());
+        (args.ept, words.collect())
+    }
+
+    #[test]
+    fn everything_behind_the_program_is_the_programs() {
+        for words in [
+            &["program", "--help"][..],
+            &["program", "-h", "-V", "--version"],
+            &["program", "x", "--ept", "off"],
+            &["program", "--ept=off", "--unknown", "-m", "64"],
+            &["program", "--", "--help"],
+            &["program", "", "-"],
+        ] {
+            assert_eq!(
+                taken(words),
+                (None, words.iter().map(|w| (*w).into()).collect())
+            );
+        }
+        let (ept, command) = taken(&["--ept", "off", "program", "--ept", "on"]);
+        assert_eq!((ept, command.len()), (Some(false), 3));
+        assert_eq!(
+            taken(&["--", "program", "--", "x"]).1,
+            ["program", "--", "x"]
+        );
+    }
+
+    #[test]
+    fn in_front_of_it_stand_execs_own() {
+        for (words, kind) in [
+            (&["--help"][..], clap::error::ErrorKind::DisplayHelp),
+            (
+                &["--bogus", "program"],
+                clap::error::ErrorKind::UnknownArgument,
+            ),
+            (&[], clap::error::ErrorKind::MissingRequiredArgument),
+        ] {
+            let all = ["eptide", "exec"].iter().chain(words);
+            assert_eq!(
+                Cli::try_parse_from(all).unwrap_err().kind(),
+                kind,
+                "{words:?}"
+            );
+        }
     }
 }

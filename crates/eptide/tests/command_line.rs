@@ -38,6 +38,17 @@ fn help_names_every_command() {
 }
 
 #[test]
+fn a_programs_own_options_are_not_execs() {
+    for option in ["--help", "--version", "--ept"] {
+        let message = refusal(&["exec", "/no/such/program", option]);
+        assert_eq!(
+            message,
+            "eptide: /no/such/program: No such file or directory (os error 2)\n"
+        );
+    }
+}
+
+#[test]
 fn a_kernel_that_is_not_there_is_named() {
     let message = refusal(&["run", "--kernel", "/no/such/vmlinuz"]);
     assert_eq!(

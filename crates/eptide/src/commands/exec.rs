@@ -51,10 +51,11 @@ pub(crate) enum ExecError {
 
 /// Becomes the program; returns only if that fails.
 pub(crate) fn run(args: &ExecArgs) -> Result<Infallible, ExecError> {
-    let program = find(&args.program)?;
+    let (name, arguments) = args.split();
+    let program = find(name)?;
     check(&program)?;
     let mut command = Command::new(&program);
-    command.arg0(&args.program).args(&args.arguments);
+    command.arg0(name).args(arguments);
     command.env("LD_PRELOAD", preload_list(library()?)?);
     if let Some(ept) = args.ept {
         command.env("EPTIDE_EPT", if ept { "on" } else { "off" });
