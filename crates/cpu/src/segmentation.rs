@@ -333,7 +333,17 @@ impl Vcpu {
         if !access.has(AccessRights::P) {
             return Err(self.raise_code(Exception::SegmentNotPresent, error));
         }
-        self.state.ldtr = descriptor.segment(selector);
+        let ldtr = descriptor.segment(selector);
+        self.check_base(&ldtr, error)?;
+        self.state.ldtr = ldtr;
+        Ok(())
+    }
+
+    /// The base that a 16-byte descriptor gives must be canonical.
+    fn check_base(&mut self, segment: &Segment, error: u32) -> Result<(), Stop> {
+        if self.long_mode && !self.is_canonical(segment.base) {
+            return Err(self.raise_code(Exception::GeneralProtection, error));
+        }
         Ok(())
     }
 
@@ -353,8 +363,10 @@ impl Vcpu {
         if !access.has(AccessRights::P) {
             return Err(self.raise_code(Exception::SegmentNotPresent, error));
         }
-        self.set_type_bits(selector, 2)?;
         let mut tr = descriptor.segment(selector);
+        // Before the descriptor is made busy.
+        self.check_base(&tr, error)?;
+        self.set_type_bits(selector, 2)?;
         tr.access.0 |= 2;
         self.state.tr = tr;
         Ok(())

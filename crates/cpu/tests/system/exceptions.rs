@@ -599,3 +599,41 @@ fn a_delivery_cut_short_by_ept_is_reported() {
     assert_eq!(exit.guest_physical_address & !0xfff, STACK - 0x1000);
     assert_eq!(guest.vcpu.state.rip, CODE, "nothing was delivered");
 }
+
+/// SDM volume 2, "LTR" and "LLDT"; volume 3, "Segment Descriptor Tables in IA-32e Mode".
+#[test]
+fn bases_of_system_segments_are_canonical() {
+    const SELECTOR: u16 = 0x50;
+    type Load = fn(&mut CodeAssembler);
+    let loads: [(Load, u64); 2] = [
+        (|a| a.ltr(cx).unwrap(), 0x8900),
+        (|a| a.lldt(cx).unwrap(), 0x8200),
+    ];
+    for (load, access) in loads {
+        for (high, is_good) in [
+            (0x0000_7fffu32, true),
+            (0xffff_8000, true),
+            (0x0000_8000, false),
+            (0x8000_0000, false),
+        ] {
+            let mut guest = long_guest();
+            let low = access << 32 | 0x67;
+            let at = GDT + u64::from(SELECTOR);
+            guest.memory.write_u64(at, low);
+            guest.memory.write_u64(at + 8, high.into());
+            guest.vcpu.state.gdtr.limit = 0xff;
+            guest.load(&assemble(64, CODE, |a| {
+                load(a);
+                a.hlt().unwrap();
+            }));
+            guest.vcpu.state.regs[1] = SELECTOR.into();
+            if is_good {
+                guest.run_to_halt();
+                continue;
+            }
+            assert_eq!(guest.run_to_handler(), 13, "{high:#x}");
+            assert_eq!(guest.stack(0), SELECTOR.into(), "the error code");
+            assert_eq!(guest.memory.read_u64(at), low, "not busy");
+        }
+    }
+}
