@@ -214,6 +214,8 @@ pub struct Vcpu {
     pub(crate) apic_write: Option<(u32, usize)>,
     /// The instruction that executes asserted a bus lock.
     pub(crate) bus_lock: bool,
+    /// The instruction that executes has decided about the single-step trap behind it.
+    pub(crate) has_stepped: bool,
     /// The EPT pointer that VMFUNC loaded.
     pub(crate) switched_eptp: Option<Eptp>,
     /// Since when events have followed each other without an instruction, in time-stamp ticks.
@@ -325,6 +327,7 @@ impl Vcpu {
             step_alone: false,
             apic_write: None,
             bus_lock: false,
+            has_stepped: false,
             switched_eptp: None,
             windowless_since: None,
             has_virtual_interrupt: false,

@@ -237,7 +237,7 @@ impl Vcpu {
             unsafe { &mut *observer.as_ptr() }.instruction(&self.state, bytes);
         }
         let (next, from) = (self.next_rip(op), self.state.rip);
-        let trap_flag = self.state.rflags_rest & Rflags::TF.bits() != 0;
+        let before = self.state.rflags_rest;
         let shadow =
             self.state.interruptibility & (Interruptibility::STI | Interruptibility::MOV_SS);
         let resume = self.state.rflags_rest & Rflags::RF.bits();
@@ -246,9 +246,7 @@ impl Vcpu {
         self.countdown -= 1;
         let stopped = self.execute_single(block);
         if self.has_completed(stopped) {
-            if trap_flag {
-                self.state.pending_debug |= arch::control_registers::Dr6::BS.bits();
-            }
+            self.single_step(before);
         } else {
             self.state.interruptibility.insert(shadow);
             self.state.rflags_rest |= resume;

@@ -520,9 +520,7 @@ impl Vcpu {
         self.state.rflags_rest &= !resume;
         let stopped = self.execute_single(block);
         if self.has_completed(stopped) {
-            if before & Rflags::TF.bits() != 0 {
-                self.state.pending_debug |= Dr6::BS.bits();
-            }
+            self.single_step(before);
         } else {
             self.state.interruptibility.insert(shadow);
             self.state.rflags_rest |= resume;
@@ -543,6 +541,7 @@ impl Vcpu {
     pub(crate) fn execute_single(&mut self, block: &Block) -> bool {
         let op = &block.ops[0];
         self.step_alone = false;
+        self.has_stepped = false;
         self.alone = true;
         let flow = (block.first)(self, op);
         self.alone = false;
@@ -559,6 +558,14 @@ impl Vcpu {
                 self.bus_lock = false;
                 true
             }
+        }
+    }
+
+    /// The single-step trap behind an instruction before which RFLAGS had these bits, if the
+    /// instruction has not decided about it itself.
+    pub(crate) fn single_step(&mut self, before: u64) {
+        if before & Rflags::TF.bits() != 0 && !self.has_stepped {
+            self.state.pending_debug |= Dr6::BS.bits();
         }
     }
 

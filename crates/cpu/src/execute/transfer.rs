@@ -9,7 +9,7 @@ use crate::op::{Flow, Op, Stop, flag};
 use crate::segmentation::Descriptor;
 use crate::state::Gpr;
 use crate::vcpu::{Cause, Vcpu};
-use arch::control_registers::{Cr0, Efer, Rflags};
+use arch::control_registers::{Cr0, Dr6, Efer, Rflags};
 use arch::controls::Interruptibility;
 use arch::exception::Exception;
 use arch::exit::TaskSwitchSource;
@@ -628,6 +628,7 @@ pub(crate) fn syscall(cpu: &mut Vcpu, op: &Op) -> Flow {
     cpu.state.segments[SS] = flat(selector.wrapping_add(8), false, 0, false);
     cpu.enter_code(flat(selector, true, 0, true), target);
     cpu.request_own_for_flags(flags);
+    cpu.step_by_new_flags();
     Flow::Branch
 }
 
@@ -651,6 +652,7 @@ pub(crate) fn sysret(cpu: &mut Vcpu, op: &Op) -> Flow {
     let rip = if long { rip } else { rip & 0xffff_ffff };
     cpu.enter_code(flat(selector, true, 3, long), rip);
     cpu.change_rflags(flags);
+    cpu.step_by_new_flags();
     Flow::Branch
 }
 
@@ -698,6 +700,15 @@ pub(crate) fn sysexit(cpu: &mut Vcpu, op: &Op) -> Flow {
 
 impl Vcpu {
     /// After RFLAGS lost bits: only TF, set before, needs the loop's attention.
+    /// SYSCALL and SYSRET single-step by the trap flag that they leave, not by the one before them.
+    fn step_by_new_flags(&mut self) {
+        self.has_stepped = true;
+        if self.state.rflags_rest & Rflags::TF.bits() != 0 {
+            self.state.pending_debug |= Dr6::BS.bits();
+            self.request_own();
+        }
+    }
+
     fn request_own_for_flags(&self, before: u64) {
         if before & (Rflags::TF | Rflags::RF).bits() != 0 {
             self.request_own();

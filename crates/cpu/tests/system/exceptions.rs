@@ -3,7 +3,7 @@
 
 use crate::bench::*;
 use crate::guest::Guest;
-use arch::control_registers::{Cr0, Cr4, Efer};
+use arch::control_registers::{Cr0, Cr4, Efer, Rflags};
 use arch::exit::ExitReason;
 use arch::interruption::{InterruptionInfo, InterruptionType};
 use iced_x86::code_asm::*;
@@ -635,5 +635,72 @@ fn bases_of_system_segments_are_canonical() {
             assert_eq!(guest.stack(0), SELECTOR.into(), "the error code");
             assert_eq!(guest.memory.read_u64(at), low, "not busy");
         }
+    }
+}
+
+/// SYSCALL and SYSRET single-step by the trap flag that they leave: a kernel whose IA32_FMASK clears
+/// it is not stepped into, and a program whose R11 sets it traps at its first instruction.
+#[test]
+fn the_trap_flag_across_syscall_and_sysret_is_the_new_one() {
+    const ENTRY: u64 = CODE + 0x100;
+    let guest = |flags: u64, fmask: u64| {
+        let mut guest = long_guest();
+        guest.load(&assemble(64, CODE, |a| {
+            a.nop().unwrap();
+            a.syscall().unwrap();
+        }));
+        guest.memory.write(
+            ENTRY,
+            &assemble(64, ENTRY, |a| {
+                a.nop().unwrap();
+                a.hlt().unwrap();
+            }),
+        );
+        let state = &mut guest.vcpu.state;
+        state.efer |= Efer::SCE;
+        state.msrs.lstar = ENTRY;
+        state.msrs.star = u64::from(KERNEL_CODE) << 32;
+        state.msrs.fmask = fmask;
+        state.rip = CODE + 1;
+        state.set_rflags(flags | 2);
+        guest
+    };
+    let trap = Rflags::TF.bits();
+    // Cleared: no trap until the kernel halts.
+    let mut stepped = guest(trap, trap);
+    stepped.run_to_halt();
+    // Kept: behind SYSCALL.
+    let mut stepped = guest(trap, 0);
+    assert_eq!(stepped.run_to_handler(), 1);
+    assert_eq!(stepped.stack(0), ENTRY);
+    // SYSRET sets it: before the program's first instruction, and not again.
+    for (before, after) in [(0, 0), (0, trap), (trap, 0), (trap, trap)] {
+        let mut returning = guest(0, 0);
+        to_user(&mut returning);
+        let state = &mut returning.vcpu.state;
+        state.efer |= Efer::SCE;
+        state.msrs.lstar = ENTRY;
+        state.msrs.star = u64::from(KERNEL_CODE) << 32 | 0x13 << 48;
+        state.rip = CODE;
+        returning.memory.write(
+            CODE,
+            &assemble(64, CODE, |a| {
+                a.syscall().unwrap();
+                a.ud2().unwrap();
+            }),
+        );
+        returning.memory.write(
+            ENTRY,
+            &assemble(64, ENTRY, |a| {
+                a.mov(r11d, 2 | after as u32).unwrap();
+                a.push(2 | before as i32).unwrap();
+                a.popfq().unwrap();
+                a.sysretq().unwrap();
+            }),
+        );
+        let expected = if after == 0 { 6 } else { 1 };
+        assert_eq!(returning.run_to_handler(), expected, "{before:x} {after:x}");
+        assert_eq!(returning.stack(0), CODE + 2);
+        assert_eq!(returning.stack(2) & trap, after);
     }
 }
