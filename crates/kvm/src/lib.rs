@@ -138,5 +138,5 @@ pub use cpu::faults::{
     Disposition, exchange_program as exchange_kept_disposition, release as release_kept_signals,
 };
 pub use error::{Error, Result};
-pub use signals::{as_the_program_meant, cover_signal_handler, interrupt_current_thread};
+pub use signals::{Call, as_the_program_meant, cover_signal_handler, interrupt_current_thread};
 pub use traps::{ACCESS_TRAP_EXECUTION, AccessBytes, EmulateExit, KVM_EXIT_EMULATE};

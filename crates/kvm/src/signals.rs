@@ -20,6 +20,9 @@
 //! this crate's own: a vCPU's thread may be under a filter of system calls. What it needs here is
 //! `rt_sigprocmask`, and that only when a signal comes.
 //!
+//! The same holds for other calls that take locks ([`Call`]): no handler runs while its thread holds
+//! one, so a handler may make any call.
+//!
 //! A handler that was put off finds in its context where KVM_RUN was interrupted; changes to it
 //! have no effect.
 //!
@@ -98,7 +101,6 @@ struct Noted {
     signal: i32,
     gate: usize,
     info: MaybeUninit<libc::siginfo_t>,
-    context: MaybeUninit<Context>,
 }
 
 impl Noted {
@@ -106,13 +108,29 @@ impl Noted {
         signal: 0,
         gate: 0,
         info: MaybeUninit::uninit(),
-        context: MaybeUninit::uninit(),
     };
 }
 
-/// Signals that are put off at once. One blocks all others; more come only in the few instructions
-/// before that.
-const NOTED: usize = 4;
+/// Signals that are put off at once. One blocks all others, but the kernel enters the gates of all
+/// that arrive together before the first of them executes, each within the one before. Beyond this
+/// number, which needs handlers that do not block their own signal, they are sent anew.
+const NOTED: usize = LAST as usize;
+
+type Notes = [Cell<Noted>; NOTED];
+
+thread_local! {
+    /// Too large for the thread-local storage that threads with small stacks begin with.
+    static NOTES: OwnNotes = OwnNotes(Box::new([const { Cell::new(Noted::NONE) }; NOTED]));
+}
+
+struct OwnNotes(Box<Notes>);
+
+impl Drop for OwnNotes {
+    fn drop(&mut self) {
+        // The thread ends: its handlers are put off no more.
+        THREAD.with(|thread| thread.noted.set(std::ptr::null()));
+    }
+}
 
 /// What the calling thread's KVM_RUN and its gates share.
 struct ThreadState {
@@ -127,7 +145,15 @@ struct ThreadState {
     held: [Cell<Noted>; KEPT_SIGNALS.len()],
     /// Entries of `noted` that gates took. A gate that interrupts another takes the next.
     taken: AtomicUsize,
-    noted: [Cell<Noted>; NOTED],
+    /// This thread's [`NOTES`], once it has put anything off.
+    noted: Cell<*const Notes>,
+    /// What the gates interrupted: of gates within each other, the outermost.
+    interrupted: Cell<MaybeUninit<Context>>,
+    /// The mask of that: what all masks that gates found have in common, since what is within
+    /// blocks more.
+    mask: Cell<u64>,
+    /// Calls in progress, besides KVM_RUN, that hold locks.
+    calls: Cell<u32>,
 }
 
 thread_local! {
@@ -138,9 +164,87 @@ thread_local! {
             blocks: Cell::new(None),
             held: [const { Cell::new(Noted::NONE) }; KEPT_SIGNALS.len()],
             taken: AtomicUsize::new(0),
-            noted: [const { Cell::new(Noted::NONE) }; NOTED],
+            noted: Cell::new(std::ptr::null()),
+            interrupted: Cell::new(MaybeUninit::uninit()),
+            mask: Cell::new(u64::MAX),
+            calls: Cell::new(0),
         }
     };
+}
+
+impl ThreadState {
+    /// Makes room for signals that are put off. Not for a signal handler.
+    fn prepare(&self) {
+        if self.noted.get().is_null() {
+            let notes = NOTES.try_with(|notes| &raw const *notes.0);
+            self.noted.set(notes.unwrap_or(std::ptr::null()));
+        }
+    }
+
+    /// Whether handlers must not run now.
+    fn puts_off(&self) -> bool {
+        !self.noted.get().is_null() && (!self.mailbox.get().is_null() || self.calls.get() != 0)
+    }
+
+    /// Notes what a gate has interrupted, unless that was another gate, or what a gate let go on.
+    fn note_interrupted(&self, context: Context) {
+        let mask = self.mask.get();
+        if context.mask & mask != context.mask {
+            return;
+        }
+        // A gate within this one may note its own in between: this one's is further out.
+        loop {
+            let taken = self.taken.load(Ordering::Relaxed);
+            self.interrupted.set(MaybeUninit::new(context));
+            self.mask.set(context.mask);
+            compiler_fence(Ordering::SeqCst);
+            if self.taken.load(Ordering::Relaxed) == taken {
+                return;
+            }
+        }
+    }
+
+    /// Runs the handlers that were put off; whether there were any.
+    fn run_handlers(&self, before: Option<u64>) -> bool {
+        // Gates now run handlers at once; what is there is all there will be.
+        compiler_fence(Ordering::SeqCst);
+        let taken = self.taken.load(Ordering::Relaxed);
+        if taken != 0 {
+            handle(self, taken.min(NOTED), before);
+        }
+        taken != 0
+    }
+}
+
+/// A call is in progress on this thread that holds locks of this crate, or of its user's: handlers
+/// of signals wait for its end, where they may make such a call themselves.
+#[must_use]
+#[derive(Debug)]
+pub struct Call(std::marker::PhantomData<*const ()>);
+
+impl Call {
+    /// Handlers wait from now on until the value is dropped.
+    pub fn begin() -> Call {
+        THREAD.with(|thread| {
+            thread.prepare();
+            thread.calls.set(thread.calls.get() + 1);
+        });
+        compiler_fence(Ordering::SeqCst);
+        Call(std::marker::PhantomData)
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        compiler_fence(Ordering::SeqCst);
+        THREAD.with(|thread| {
+            let others = thread.calls.get() - 1;
+            thread.calls.set(others);
+            if others == 0 && thread.mailbox.get().is_null() {
+                thread.run_handlers(None);
+            }
+        });
+    }
 }
 
 /// KVM_RUN is in progress on this thread. Dropped after the vCPU is unlocked, which is when
@@ -157,6 +261,7 @@ impl<'a> Run<'a> {
     /// Signals to this thread are put off from now on.
     pub(crate) fn begin(mailbox: &'a Mailbox) -> Run<'a> {
         THREAD.with(|thread| {
+            thread.prepare();
             thread.arrived.set(false);
             if thread.mailbox.get().is_null() && thread.blocks.get() != Some(0) {
                 faults::observe_sent(put_off_sent);
@@ -184,14 +289,10 @@ impl Drop for Run<'_> {
     fn drop(&mut self) {
         THREAD.with(|thread| {
             thread.mailbox.set(self.outer);
-            // Gates now run handlers at once; what is there is all there will be.
-            compiler_fence(Ordering::SeqCst);
-            let taken = thread.taken.load(Ordering::Relaxed);
             let before = self.before.take();
-            if taken != 0 {
-                thread.taken.store(0, Ordering::Relaxed);
-                handle(thread, taken.min(NOTED), before);
-            } else if let Some(before) = before {
+            if !thread.run_handlers(before)
+                && let Some(before) = before
+            {
                 change_mask(libc::SIG_SETMASK, before);
             }
             if self.outer.is_null() && thread.blocks.get().is_some_and(|set| set != 0) {
@@ -231,19 +332,22 @@ fn give_back(thread: &ThreadState) {
 /// another.
 #[cold]
 fn handle(thread: &ThreadState, count: usize, before: Option<u64>) {
-    // What a handler takes, a KVM_RUN within it, takes the entries anew.
-    let mut all = [Noted::NONE; NOTED];
-    for (copy, noted) in all.iter_mut().zip(&thread.noted) {
-        *copy = noted.get();
-    }
-    // SAFETY: gates fill the entries they take before they return, and `count` were taken.
-    let interrupted = unsafe { all[0].context.assume_init_ref() }.mask;
-    let mask = before.unwrap_or(interrupted);
-    for noted in &mut all[..count] {
+    // What a handler takes, a KVM_RUN within it, takes the entries anew. None comes before a mask is
+    // set below: the gates left all blocked.
+    // SAFETY: `prepare` set it, without which nothing is put off.
+    let notes = unsafe { &*thread.noted.get() };
+    let mut all: Vec<Noted> = notes[..count].iter().map(Cell::get).collect();
+    // SAFETY: each gate that took an entry has seen to it that it is set.
+    let interrupted = unsafe { thread.interrupted.get().assume_init() };
+    let mask = before.unwrap_or(thread.mask.get());
+    thread.mask.set(u64::MAX);
+    thread.taken.store(0, Ordering::Relaxed);
+    for noted in &mut all {
         let extra = MASKS[noted.signal as usize].load(Ordering::Relaxed);
         change_mask(libc::SIG_SETMASK, mask | extra);
-        let (info, context) = (noted.info.as_mut_ptr(), noted.context.as_mut_ptr());
-        call(noted.gate, noted.signal, info, context.cast());
+        let mut context = interrupted;
+        let info = noted.info.as_mut_ptr();
+        call(noted.gate, noted.signal, info, (&raw mut context).cast());
     }
     change_mask(libc::SIG_SETMASK, mask);
 }
@@ -385,24 +489,23 @@ fn put_off(
     context: *mut libc::c_void,
 ) -> bool {
     THREAD.with(|thread| {
-        let mailbox = thread.mailbox.get();
-        if mailbox.is_null() {
+        if !thread.puts_off() {
             return false;
         }
-        thread.arrived.set(true);
-        // SAFETY: a thread-local integer.
-        let errno = unsafe { libc::__errno_location() };
-        // SAFETY: as above. The mailbox's pointer is set only while the vCPU, which owns it, is
-        // borrowed by a call further up on this thread's stack.
-        unsafe {
-            let saved = *errno;
-            (*mailbox).post(Request::YIELD);
-            *errno = saved;
+        let mailbox = thread.mailbox.get();
+        if !mailbox.is_null() {
+            thread.arrived.set(true);
+            // SAFETY: a thread-local integer.
+            let errno = unsafe { libc::__errno_location() };
+            // SAFETY: as above. The mailbox's pointer is set only while the vCPU, which owns it, is
+            // borrowed by a call further up on this thread's stack.
+            unsafe {
+                let saved = *errno;
+                (*mailbox).post(Request::YIELD);
+                *errno = saved;
+            }
         }
         let index = thread.taken.fetch_add(1, Ordering::Relaxed);
-        let Some(entry) = thread.noted.get(index) else {
-            return false;
-        };
         let context = context.cast::<Context>();
         // SAFETY: `info` and `context` are what the kernel handed over for this delivery; the mask
         // in the context is put in force by the return from the gate.
@@ -413,14 +516,32 @@ fn put_off(
         };
         // The floating-point state is in the kernel's frame, which goes away.
         interrupted.machine.fpregs = std::ptr::null_mut();
-        entry.set(Noted {
-            signal,
-            gate,
-            info: MaybeUninit::new(info),
-            context: MaybeUninit::new(interrupted),
-        });
+        thread.note_interrupted(interrupted);
+        // SAFETY: `puts_off` has seen that it is there.
+        match unsafe { &*thread.noted.get() }.get(index) {
+            Some(entry) => entry.set(Noted {
+                signal,
+                gate,
+                info: MaybeUninit::new(info),
+            }),
+            // It is blocked when the gate returns, and comes when the handlers have run.
+            None => send_again(signal, info),
+        }
         true
     })
+}
+
+/// Sends a signal to the calling thread, with what the kernel said of it.
+#[cold]
+fn send_again(signal: i32, mut info: libc::siginfo_t) {
+    change_mask(libc::SIG_BLOCK, ASYNCHRONOUS);
+    // SAFETY: to the calling thread, with information that the kernel made.
+    unsafe {
+        let process = libc::syscall(libc::SYS_getpid);
+        let thread = libc::syscall(libc::SYS_gettid);
+        let call = libc::SYS_rt_tgsigqueueinfo;
+        libc::syscall(call, process, thread, signal, &raw mut info);
+    }
 }
 
 /// Reads a disposition and, if `new` is given, replaces it.

@@ -181,6 +181,65 @@ fn handlers_find_the_vcpu_at_rest() {
     install(libc::SIGUSR2, &old);
 }
 
+extern "C" fn count_at_rest(signal: libc::c_int) {
+    read_registers(signal);
+    count(signal);
+}
+
+/// The thread's mask.
+fn mask() -> u64 {
+    let mut set = 0_u64;
+    // SAFETY: the kernel writes eight bytes, the size of its signal set.
+    unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_BLOCK,
+            0,
+            &raw mut set,
+            8,
+        )
+    };
+    set
+}
+
+/// The kernel enters the handlers of signals that arrive together within each other.
+#[test]
+fn signals_that_arrive_together_are_all_handled_at_rest_and_none_stays_blocked() {
+    const ROUNDS: u32 = 200;
+    let signals: Vec<i32> = (0..20).map(|n| libc::SIGRTMIN() + n).collect();
+    let mut machine = Machine::new(Irqchip::None, 1, &spinning());
+    for &signal in &signals {
+        install(signal, &disposition(count_at_rest, 0));
+    }
+    VCPU.with(|vcpu| vcpu.set(machine.vcpu()));
+    let (thread, rounds) = (this_thread(), rounds(&machine));
+    let (before, handled) = (mask(), HANDLED.with(Cell::get));
+    let returned = AtomicU32::new(0);
+    std::thread::scope(|scope| {
+        let (returned, signals) = (&returned, &signals);
+        scope.spawn(move || {
+            for n in 0..ROUNDS {
+                wait_for(&rounds, if n == 0 { 100_000 } else { 100 });
+                // One, a few, all.
+                let count = [2, 5, signals.len()][n as usize % 3];
+                signals[..count].iter().for_each(|&s| kill(thread, s));
+                while returned.load(Ordering::SeqCst) == n {
+                    std::thread::yield_now();
+                }
+            }
+        });
+        let mut sent = 0;
+        for n in 0..ROUNDS {
+            sent += [2, 5, signals.len() as u32][n as usize % 3];
+            while HANDLED.with(Cell::get) - handled < sent {
+                is_interrupted(machine.vcpu());
+                assert_eq!(mask(), before, "round {n}");
+            }
+            returned.store(n + 1, Ordering::SeqCst);
+        }
+    });
+}
+
 /// Signals of a timer are the process's, with information that reaches the handler.
 #[test]
 fn timers_reach_a_handler_with_information() {

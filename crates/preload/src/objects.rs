@@ -99,6 +99,8 @@ fn find(fd: RawFd) -> Option<Arc<Known>> {
         return Some(known);
     }
     let identity = identity_of(fd)?;
+    // A handler of a signal may look, too.
+    let _call = kvm::Call::begin();
     let objects = OBJECTS.read().unwrap_or_else(PoisonError::into_inner);
     let known = objects.get(&identity).cloned()?;
     drop(objects);
@@ -127,6 +129,7 @@ fn publish(kind: Kind, file: BorrowedFd<'_>, flags: OFlags) -> Result<RawFd, i32
         file: own,
         process: PROCESS.load(Ordering::Relaxed),
     };
+    let _call = kvm::Call::begin();
     let mut objects = OBJECTS.write().unwrap_or_else(PoisonError::into_inner);
     objects.insert(identity, Arc::new(known));
     IS_USED.store(true, Ordering::Relaxed);
@@ -228,6 +231,7 @@ pub(crate) fn map_shared_page(
     let Kind::Vcpu(vcpu) = &known.kind else {
         return Ok(());
     };
+    let _call = kvm::Call::begin();
     let mut mappings = MAPPINGS.write().unwrap_or_else(PoisonError::into_inner);
     mappings.extend(identity(known.file.as_fd()).map(|vcpu| (address, vcpu)));
     drop(mappings);
@@ -304,6 +308,7 @@ fn serve(watch: BorrowedFd<'_>) {
 
 /// Drops objects, of those that are asked about, that the program has let go of.
 fn reap(is_asked: impl Fn(&Identity, &Known) -> bool) {
+    let _call = kvm::Call::begin();
     // Whoever comes second waits for what the first is at: a closed VM is gone.
     static TURN: Mutex<()> = Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -360,6 +365,7 @@ pub(crate) fn unmap(
             .is_ok_and(|mappings| mappings.iter().any(|(at, _)| range.contains(at)));
     let result = unmap();
     if is_vcpu && result == 0 {
+        let _call = kvm::Call::begin();
         let mut mappings = MAPPINGS.write().unwrap_or_else(PoisonError::into_inner);
         let vcpus: Vec<_> = mappings
             .extract_if(.., |(at, _)| range.contains(at))

@@ -284,6 +284,53 @@ fn a_forks_child_waits_for_no_lock_of_its_parents() {
     });
 }
 
+static ASKED: std::sync::atomic::AtomicI32 = std::sync::atomic::AtomicI32::new(-1);
+
+/// Makes calls that need what a call that it interrupts may hold.
+extern "C" fn asks(_: libc::c_int) {
+    const GET_REGS: u32 = 0x8090_ae81;
+    let fd = ASKED.load(std::sync::atomic::Ordering::Relaxed);
+    let mut regs = kvm_bindings::kvm_regs::default();
+    assert!(ioctl(fd, GET_REGS, &raw mut regs as usize).is_ok());
+}
+
+#[test]
+fn a_handler_may_ask_a_vcpu_whatever_it_interrupts() {
+    if again("a_handler_may_ask_a_vcpu_whatever_it_interrupts") {
+        return;
+    }
+    let (_kvm, _vm, mut vcpu) = machine();
+    // SAFETY: a handler that makes system calls, and a thread that outlives the sender.
+    let (handler, thread) = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = asks as extern "C" fn(libc::c_int) as usize;
+        assert_eq!(
+            libc::sigaction(libc::SIGUSR1, &action, std::ptr::null_mut()),
+            0
+        );
+        (action.sa_sigaction, libc::pthread_self())
+    };
+    assert_ne!(handler, 0);
+    ASKED.store(vcpu.as_raw_fd(), std::sync::atomic::Ordering::Relaxed);
+    // Handlers are covered when a vCPU begins to run.
+    let _ = vcpu.run();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                // SAFETY: the thread waits for this one.
+                unsafe { libc::pthread_kill(thread, libc::SIGUSR1) };
+                std::thread::sleep(std::time::Duration::from_micros(20));
+            }
+        });
+        for _ in 0..100_000 {
+            let sregs = vcpu.get_sregs().unwrap();
+            vcpu.set_sregs(&sregs).unwrap();
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+}
+
 extern "C" fn nothing(_: libc::c_int) {}
 
 #[test]
