@@ -112,6 +112,8 @@ impl Vcpu {
                 }
                 _ => {}
             }
+            // What waited behind MOV SS goes with it.
+            self.state.pending_debug = 0;
             match self.deliver(Event::of(&fault)) {
                 Ok(()) => return Ok(()),
                 Err(Stop) => fault = self.after_failed_delivery()?,
@@ -122,6 +124,14 @@ impl Vcpu {
     /// Delivers an event that is no exception of the current instruction (an injected event, an
     /// interrupt, INT n), and whatever exceptions that raises.
     pub(crate) fn take_event(&mut self, event: Event) -> Result<(), VmExit> {
+        // All but software events take pending debug exceptions with them; behind those of a
+        // program they strike at the handler's first instruction.
+        if !matches!(
+            event.kind,
+            InterruptionType::SoftwareInterrupt | InterruptionType::SoftwareException
+        ) {
+            self.state.pending_debug = 0;
+        }
         match self.deliver(event) {
             Ok(()) => Ok(()),
             Err(Stop) => {

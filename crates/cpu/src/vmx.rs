@@ -142,6 +142,14 @@ impl Vcpu {
             },
         };
         self.state.activity = Activity::Active;
+        // An entry leaves those of a software event only while MOV SS blocks.
+        if !self
+            .state
+            .interruptibility
+            .contains(Interruptibility::MOV_SS)
+        {
+            self.state.pending_debug = 0;
+        }
         self.take_event(event).err()
     }
 

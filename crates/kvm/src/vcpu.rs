@@ -509,20 +509,23 @@ impl Core {
         state.interruptibility -= Interruptibility::STI | Interruptibility::MOV_SS;
         let flags = state.rflags_rest;
         state.rflags_rest = flags & !Rflags::RF.bits();
+        // What waited behind MOV SS is reported with the instruction's own trap.
+        let waited = state.pending_debug;
         if self.debug.single_step() {
             self.debug.stepped = true;
         } else if flags & Rflags::TF.bits() != 0 {
-            self.raise_single_step();
+            self.raise_single_step(waited);
         }
     }
 
     /// A #DB for the single step that an instruction handled here completed.
-    fn raise_single_step(&mut self) {
+    fn raise_single_step(&mut self, waited: u64) {
         use arch::control_registers::Dr6;
+        let hits = waited & (Dr6::B0 | Dr6::B1 | Dr6::B2 | Dr6::B3).bits();
         self.events.raise(events::PendingException {
             vector: arch::exception::Exception::Debug.vector(),
             error_code: None,
-            payload: Some(Dr6::BS.bits()),
+            payload: Some(Dr6::BS.bits() | hits),
         });
     }
 

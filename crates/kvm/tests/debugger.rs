@@ -142,3 +142,46 @@ fn threads_take_turns() {
     }
     assert_eq!(machine.memory.read_u64(0x5000), 20);
 }
+
+/// A single step that waits behind MOV SS while the next instruction is KVM's: one trap, behind that
+/// instruction, and none at the handler's first. If the instruction faults, the trap goes with it.
+#[test]
+fn a_single_step_behind_mov_ss_strikes_once() {
+    let cases: [(&[u8], u8); 3] = [
+        (&[0x0f, 0xa2], 1),
+        // IN from the 8259, RDMSR of an MSR that there is not.
+        (&[0xe4, 0x21], 1),
+        (&[0x0f, 0x32], 13),
+    ];
+    for (instruction, vector) in cases {
+        let code = assemble(|a| {
+            a.mov(ebx, 16)?;
+            a.mov(ecx, 0x7777_7777)?;
+            a.push(0x102)?;
+            a.popfq()?;
+            a.mov(ss, ebx)?;
+            a.db(instruction)?;
+            a.nop()?;
+            stop(a)
+        });
+        let behind = CODE + code.len() as u64 - 3;
+        let mut machine = Machine::new(Irqchip::Full, 1, &code);
+        for (vector, handler, error) in [(1u8, 0x2000, 0), (13, 0x2100, 8)] {
+            machine.gate(vector, handler);
+            machine.code_at(handler, |a| {
+                a.inc(qword_ptr(0x5000 + 16 * u64::from(vector)))?;
+                a.mov(rax, qword_ptr(rsp + error))?;
+                a.mov(qword_ptr(0x5008 + 16 * u64::from(vector)), rax)?;
+                stop(a)
+            });
+        }
+        runs_to_stop(&mut machine);
+        let counts = [1, 13].map(|vector| machine.memory.read_u64(0x5000 + 16 * vector));
+        let expected = if vector == 1 { [1, 0] } else { [0, 1] };
+        assert_eq!(counts, expected, "{instruction:02x?}");
+        let at = machine.memory.read_u64(0x5008 + 16 * u64::from(vector));
+        let length = instruction.len() as u64;
+        let expected = if vector == 1 { behind } else { behind - length };
+        assert_eq!(at, expected, "{instruction:02x?}");
+    }
+}

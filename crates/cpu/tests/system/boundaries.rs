@@ -330,3 +330,54 @@ fn a_tight_notify_window_leaves_the_guest_as_it_is() {
     guest.load(&[0xeb, 0xfe]);
     guest.run_to(ExitReason::PreemptionTimer);
 }
+
+/// What was pending before an entry that injects is not after it, unless a software event comes
+/// while MOV SS blocks (SDM volume 3, "Delivery of Pending Debug Exceptions after VM Entry").
+#[test]
+fn an_injected_event_takes_pending_debug_exceptions_with_it() {
+    use arch::controls::Interruptibility;
+    use arch::interruption::{InterruptionInfo, InterruptionType as T};
+    const SINGLE_STEP: u64 = 1 << 14;
+    for (kind, vector, kept_by_mov_ss) in [
+        (T::ExternalInterrupt, 0x40, false),
+        (T::Nmi, 2, false),
+        (T::HardwareException, 6, false),
+        (T::PrivilegedSoftwareException, 1, false),
+        (T::SoftwareInterrupt, 0x41, true),
+        (T::SoftwareException, 3, true),
+    ] {
+        for mov_ss in [false, true] {
+            // External interrupts and NMIs are not injected while MOV SS blocks.
+            if mov_ss && matches!(kind, T::ExternalInterrupt | T::Nmi) {
+                continue;
+            }
+            let mut guest = long_guest();
+            guest.load(&[0xf4]);
+            guest.vcpu.state.set_rflags(0x202);
+            guest.vcpu.state.pending_debug = SINGLE_STEP;
+            if mov_ss {
+                guest.vcpu.state.interruptibility = Interruptibility::MOV_SS;
+            }
+            guest.controls.interruption_info = InterruptionInfo::new(kind, vector, false);
+            guest.controls.instruction_length = 1;
+            let expected = if mov_ss && kept_by_mov_ss { 1 } else { vector };
+            assert_eq!(guest.run_to_handler(), expected, "{kind:?} {mov_ss}");
+        }
+    }
+}
+
+/// A single step that waits behind MOV SS goes with the exception that the next instruction raises.
+#[test]
+fn an_exception_takes_pending_debug_exceptions_with_it() {
+    let mut guest = long_guest();
+    guest.load(&assemble(64, CODE, |a| {
+        a.mov(ss, ecx).unwrap();
+        a.ud2().unwrap();
+    }));
+    guest.vcpu.state.regs[1] = KERNEL_DATA.into();
+    guest
+        .vcpu
+        .state
+        .set_rflags((Rflags::TF | Rflags::FIXED).bits());
+    assert_eq!(guest.run_to_handler(), 6);
+}
