@@ -340,11 +340,6 @@ extern "C" fn on_signal(
     if is_raised && crate::host::on_fault(registers) {
         return;
     }
-    // SAFETY: as above.
-    let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
-    if is_raised && crate::host::on_fault(registers) {
-        return;
-    }
     if context as usize != stack + size_of::<usize>() {
         return act(
             &predecessor(claimed, signal),
