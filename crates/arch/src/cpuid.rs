@@ -197,6 +197,10 @@ words! {
         CLZERO 0,
         XSAVEERPTR 2,
         WBNOINVD 9,
+        AMD_IBPB 12,
+        AMD_IBRS 14,
+        AMD_STIBP 15,
+        AMD_SSBD 24,
     }
 }
 

@@ -3,6 +3,10 @@
 //! Source: SDM volume 4, "Model-Specific Registers"; the AMD manuals for those marked AMD;
 //! the kernel's "KVM-specific MSRs" for those marked KVM.
 
+/// Address of the last machine check, on Pentium processors.
+pub const P5_MC_ADDR: u32 = 0x0;
+/// Type of the last machine check, on Pentium processors.
+pub const P5_MC_TYPE: u32 = 0x1;
 /// Time-stamp counter.
 pub const TSC: u32 = 0x10;
 /// Paravirtual wall clock, old number (KVM).
@@ -15,6 +19,10 @@ pub const PLATFORM_ID: u32 = 0x17;
 pub const APIC_BASE: u32 = 0x1b;
 /// Number of SMIs.
 pub const SMI_COUNT: u32 = 0x34;
+/// Power-on configuration.
+pub const EBL_CR_POWERON: u32 = 0x2a;
+/// Frequency configuration of NetBurst processors.
+pub const EBC_FREQUENCY_ID: u32 = 0x2c;
 /// VMX and SMX enabling.
 pub const FEATURE_CONTROL: u32 = 0x3a;
 /// Offset added to the time-stamp counter.
@@ -233,6 +241,8 @@ pub const K7_PERFCTR0: u32 = 0xc001_0004;
 pub const AMD64_SYSCFG: u32 = 0xc001_0010;
 /// Hardware configuration (AMD).
 pub const K7_HWCR: u32 = 0xc001_0015;
+/// Clock control of the K7 (AMD).
+pub const K7_CLK_CTL: u32 = 0xc001_001b;
 /// Northbridge configuration (AMD).
 pub const AMD64_NB_CFG: u32 = 0xc001_001f;
 /// Microcode patch loader (AMD).
@@ -255,8 +265,12 @@ pub const AMD64_OSVW_ID_LENGTH: u32 = 0xc001_0140;
 pub const AMD64_OSVW_STATUS: u32 = 0xc001_0141;
 /// Load-store configuration (AMD).
 pub const AMD64_LS_CFG: u32 = 0xc001_1020;
+/// Instruction-cache configuration (AMD).
+pub const AMD64_IC_CFG: u32 = 0xc001_1021;
 /// Data-cache configuration (AMD).
 pub const AMD64_DC_CFG: u32 = 0xc001_1022;
+/// Table-walker configuration (AMD).
+pub const AMD64_TW_CFG: u32 = 0xc001_1023;
 /// Decode configuration (AMD).
 pub const AMD64_DE_CFG: u32 = 0xc001_1029;
 /// Bus-unit configuration (AMD).

@@ -1,6 +1,8 @@
 //! Model-specific registers: one table of who reads and writes which.
 //!
-//! A row is a range of numbers, whether KVM_GET_MSR_INDEX_LIST names it, and its two functions.
+//! A row is a range of numbers, whether KVM_GET_MSR_INDEX_LIST names it, its two functions, and
+//! under which condition it is there for a guest. Like KVM, few registers have one: systems read
+//! most of them on some processor or other without asking CPUID.
 //! The lists, both ioctls and the guest's RDMSR and WRMSR come from the table. Registers that the
 //! processor holds are passed through by the MSR bitmap ([`DIRECT`]) and are rows as well, for
 //! user space.
@@ -11,8 +13,10 @@ mod handlers;
 
 pub(crate) use handlers::allowed_efer;
 
+use crate::cpuid::pv;
 use crate::vcpu::{Core, Vcpu};
 use arch::controls::MsrBitmap;
+use arch::cpuid::Feature;
 use arch::msr;
 
 /// Number of machine-check banks.
@@ -50,11 +54,25 @@ enum Listed {
     No,
 }
 
+/// Under which condition a guest has a register.
+#[derive(Clone, Copy, Debug)]
+enum Exists {
+    /// Always.
+    Always,
+    /// CPUID offers one of these. User space reads and writes the register all the same, as it
+    /// may do so before it says what CPUID offers.
+    With(&'static [Feature]),
+    /// KVM's CPUID leaf offers this bit, if that counts (KVM_CAP_ENFORCE_PV_FEATURE_CPUID); then
+    /// for user space as well.
+    Paravirtual(u32),
+}
+
 #[derive(Debug)]
 struct Row {
     first: u32,
     last: u32,
     listed: Listed,
+    exists: Exists,
     read: Read,
     write: Write,
 }
@@ -63,6 +81,26 @@ impl Row {
     fn holds(&self, index: u32) -> bool {
         (self.first..=self.last).contains(&index)
     }
+
+    const fn with(mut self, features: &'static [Feature]) -> Row {
+        self.exists = Exists::With(features);
+        self
+    }
+
+    const fn paravirtual(mut self, feature: u32) -> Row {
+        self.exists = Exists::Paravirtual(feature);
+        self
+    }
+
+    fn exists(&self, core: &Core, trusted: bool) -> bool {
+        match self.exists {
+            Exists::Always => true,
+            Exists::With(features) => {
+                trusted || features.iter().any(|&feature| core.features.has(feature))
+            }
+            Exists::Paravirtual(feature) => core.offers_paravirtual(feature),
+        }
+    }
 }
 
 const fn row(first: u32, last: u32, listed: Listed, read: Read, write: Write) -> Row {
@@ -70,6 +108,7 @@ const fn row(first: u32, last: u32, listed: Listed, read: Read, write: Write) ->
         first,
         last,
         listed,
+        exists: Exists::Always,
         read,
         write,
     }
@@ -82,23 +121,49 @@ const fn one(index: u32, listed: Listed, read: Read, write: Write) -> Row {
 use Listed::{No, State};
 use handlers as h;
 
+/// Each of these makes a bit of IA32_SPEC_CTRL.
+const SPECULATION_CONTROL: &[Feature] = &[
+    Feature::IBRS,
+    Feature::STIBP,
+    Feature::SSBD,
+    Feature::AMD_IBRS,
+    Feature::AMD_STIBP,
+    Feature::AMD_SSBD,
+];
+
 /// Every register, in ascending order.
 static TABLE: &[Row] = &[
+    row(
+        msr::P5_MC_ADDR,
+        msr::P5_MC_TYPE,
+        No,
+        h::read_zero,
+        h::reject,
+    ),
     one(msr::TSC, State, h::read_tsc, h::write_tsc),
     one(
         msr::KVM_WALL_CLOCK,
         State,
-        h::read_paravirtual,
+        h::read_stored,
         h::write_wall_clock,
-    ),
+    )
+    .paravirtual(pv::CLOCKSOURCE),
     one(
         msr::KVM_SYSTEM_TIME,
         State,
-        h::read_paravirtual,
+        h::read_stored,
         h::write_system_time,
-    ),
+    )
+    .paravirtual(pv::CLOCKSOURCE),
     one(msr::PLATFORM_ID, No, h::read_zero, h::reject),
     one(msr::APIC_BASE, No, h::read_apic_base, h::write_apic_base),
+    one(msr::EBL_CR_POWERON, No, h::read_zero, h::reject),
+    one(
+        msr::EBC_FREQUENCY_ID,
+        No,
+        h::read_netburst_frequency,
+        h::reject,
+    ),
     one(msr::SMI_COUNT, State, h::read_stored, h::write_trusted),
     one(
         msr::FEATURE_CONTROL,
@@ -107,8 +172,9 @@ static TABLE: &[Row] = &[
         h::write_feature_control,
     ),
     one(msr::TSC_ADJUST, State, h::read_stored, h::write_tsc_adjust),
-    one(msr::SPEC_CTRL, State, h::read_spec_ctrl, h::write_spec_ctrl),
-    one(msr::PRED_CMD, No, h::write_only, h::ignore),
+    one(msr::SPEC_CTRL, State, h::read_spec_ctrl, h::write_spec_ctrl).with(SPECULATION_CONTROL),
+    one(msr::PRED_CMD, No, h::write_only, h::write_command)
+        .with(&[Feature::IBRS, Feature::AMD_IBPB]),
     one(msr::BIOS_UPDT_TRIG, No, h::read_zero, h::ignore),
     one(
         msr::BIOS_SIGN_ID,
@@ -117,6 +183,7 @@ static TABLE: &[Row] = &[
         h::write_trusted_or_ignore,
     ),
     one(msr::SMBASE, State, h::read_smbase, h::write_smbase),
+    row(msr::PMC0, msr::PMC0 + 1, No, h::read_zero, h::ignore),
     one(msr::FSB_FREQ, No, h::read_fsb_freq, h::reject),
     one(
         msr::PLATFORM_INFO,
@@ -130,8 +197,10 @@ static TABLE: &[Row] = &[
         State,
         h::read_stored,
         h::write_trusted,
-    ),
-    one(msr::BBL_CR_CTL3, No, h::read_zero, h::ignore),
+    )
+    .with(&[Feature::ARCH_CAPABILITIES]),
+    one(msr::FLUSH_CMD, No, h::write_only, h::write_command).with(&[Feature::FLUSH_L1D]),
+    one(msr::BBL_CR_CTL3, No, h::read_l2_control, h::ignore),
     one(
         msr::MISC_FEATURES_ENABLES,
         State,
@@ -144,6 +213,13 @@ static TABLE: &[Row] = &[
     one(msr::MCG_CAP, No, h::read_stored, h::reject),
     one(msr::MCG_STATUS, State, h::read_stored, h::write_stored),
     one(msr::MCG_CTL, State, h::read_stored, h::write_mcg_ctl),
+    row(
+        msr::PERFEVTSEL0,
+        msr::PERFEVTSEL0 + 1,
+        No,
+        h::read_zero,
+        h::ignore,
+    ),
     one(msr::PERF_STATUS, No, h::read_perf_status, h::reject),
     one(msr::PERF_CTL, No, h::read_zero, h::ignore),
     one(
@@ -205,9 +281,10 @@ static TABLE: &[Row] = &[
     one(
         msr::PERF_CAPABILITIES,
         State,
-        h::read_perf_capabilities,
+        h::read_zero,
         h::write_perf_capabilities,
-    ),
+    )
+    .with(&[Feature::PDCM]),
     row(
         msr::MC0_CTL,
         msr::MC0_CTL + 4 * MCE_BANKS as u32 - 1,
@@ -233,37 +310,36 @@ static TABLE: &[Row] = &[
         h::read_x2apic,
         h::write_x2apic,
     ),
-    one(msr::XSS, State, h::read_xss, h::write_xss),
+    one(msr::XSS, State, h::read_xss, h::write_xss).with(&[Feature::XSAVES]),
     one(
         msr::KVM_WALL_CLOCK_NEW,
         State,
-        h::read_paravirtual,
+        h::read_stored,
         h::write_wall_clock,
-    ),
+    )
+    .paravirtual(pv::CLOCKSOURCE2),
     one(
         msr::KVM_SYSTEM_TIME_NEW,
         State,
-        h::read_paravirtual,
+        h::read_stored,
         h::write_system_time,
-    ),
+    )
+    .paravirtual(pv::CLOCKSOURCE2),
     one(
         msr::KVM_STEAL_TIME,
         State,
-        h::read_paravirtual,
+        h::read_stored,
         h::write_steal_time,
-    ),
-    one(
-        msr::KVM_PV_EOI_EN,
-        State,
-        h::read_paravirtual,
-        h::write_pv_eoi,
-    ),
+    )
+    .paravirtual(pv::STEAL_TIME),
+    one(msr::KVM_PV_EOI_EN, State, h::read_stored, h::write_pv_eoi).paravirtual(pv::PV_EOI),
     one(
         msr::KVM_POLL_CONTROL,
         State,
-        h::read_paravirtual,
+        h::read_stored,
         h::write_poll_control,
-    ),
+    )
+    .paravirtual(pv::POLL_CONTROL),
     one(msr::EFER, State, h::read_efer, h::write_efer),
     one(msr::STAR, State, h::read_cpu, h::write_cpu),
     one(msr::LSTAR, State, h::read_cpu, h::write_cpu_address),
@@ -277,7 +353,8 @@ static TABLE: &[Row] = &[
         h::read_cpu,
         h::write_cpu_address,
     ),
-    one(msr::TSC_AUX, State, h::read_tsc_aux, h::write_tsc_aux),
+    one(msr::TSC_AUX, State, h::read_tsc_aux, h::write_tsc_aux)
+        .with(&[Feature::RDTSCP, Feature::RDPID]),
     row(
         msr::K7_EVNTSEL0,
         msr::K7_EVNTSEL0 + 3,
@@ -294,6 +371,7 @@ static TABLE: &[Row] = &[
     ),
     one(msr::AMD64_SYSCFG, No, h::read_zero, h::ignore),
     one(msr::K7_HWCR, State, h::read_stored, h::write_hwcr),
+    one(msr::K7_CLK_CTL, No, h::read_k7_clock_control, h::reject),
     one(msr::AMD64_NB_CFG, No, h::read_zero, h::ignore),
     one(msr::AMD64_PATCH_LOADER, No, h::write_only, h::ignore),
     one(msr::K8_INT_PENDING_MSG, No, h::read_zero, h::reject),
@@ -317,9 +395,16 @@ static TABLE: &[Row] = &[
         No,
         h::read_stored,
         h::write_trusted,
-    ),
+    )
+    .with(&[Feature::OSVW]),
     one(msr::AMD64_LS_CFG, No, h::read_zero, h::ignore),
-    one(msr::AMD64_DC_CFG, No, h::read_zero, h::ignore),
+    row(
+        msr::AMD64_IC_CFG,
+        msr::AMD64_TW_CFG,
+        No,
+        h::read_zero,
+        h::ignore,
+    ),
     one(msr::AMD64_DE_CFG, No, h::read_stored, h::write_stored),
     one(msr::AMD64_BU_CFG2, No, h::read_zero, h::ignore),
     one(msr::F15H_EX_CFG, No, h::read_zero, h::ignore),
@@ -401,15 +486,20 @@ impl Access<'_> {
         (row.write)(self, value)
     }
 
-    /// The register's row: often that of the last access.
+    /// The register's row, often that of the last access, if the register is there.
     fn row(&mut self) -> Result<&'static Row, MsrError> {
         let last = self.core.msrs.last_row;
-        if last.holds(self.index) {
-            return Ok(last);
-        }
-        let row = find(self.index).ok_or(MsrError::Unknown)?;
+        let row = if last.holds(self.index) {
+            last
+        } else {
+            find(self.index).ok_or(MsrError::Unknown)?
+        };
         self.core.msrs.last_row = row;
-        Ok(row)
+        if row.exists(self.core, self.trusted) {
+            Ok(row)
+        } else {
+            Err(MsrError::Invalid)
+        }
     }
 }
 

@@ -38,6 +38,8 @@ mod events;
 mod guests;
 #[path = "halts.rs"]
 mod halts;
+#[path = "msrs.rs"]
+mod msrs;
 #[path = "paravirtual.rs"]
 mod paravirtual;
 #[path = "processors.rs"]

@@ -1,7 +1,6 @@
 //! The functions that [`super::TABLE`] names.
 
 use super::{Access, MsrError};
-use crate::cpuid::pv;
 use crate::irqchip::lapic::reg;
 use crate::time::{GuestTsc, tsc};
 use arch::addr::Gva;
@@ -86,22 +85,38 @@ pub(super) fn write_zero_only(_: &mut Access<'_>, value: u64) -> Result<()> {
     if value == 0 { Ok(()) } else { Err(INVALID) }
 }
 
-/// There are no performance counters: guests do not have this register, and user space finds
-/// nothing in it.
-pub(super) fn read_perf_capabilities(access: &mut Access<'_>) -> Result<u64> {
-    if access.trusted {
-        Ok(PERF_CAPABILITIES)
+/// Commands that flush what is not there to be flushed.
+pub(super) fn write_command(_: &mut Access<'_>, value: u64) -> Result<()> {
+    if value & !1 == 0 {
+        Ok(())
     } else {
         Err(INVALID)
     }
 }
 
+/// There are no performance counters: user space finds nothing in this register, guests only
+/// read it.
 pub(super) fn write_perf_capabilities(access: &mut Access<'_>, value: u64) -> Result<()> {
     if access.trusted {
         write_zero_only(access, value)
     } else {
         Err(INVALID)
     }
+}
+
+/// A core ratio of 1: guests that take the processor for one of these divide by it.
+pub(super) fn read_netburst_frequency(_: &mut Access<'_>) -> Result<u64> {
+    Ok(1 << 24)
+}
+
+/// A second-level cache that is configured and enabled: some guests wait for it to be.
+pub(super) fn read_l2_control(_: &mut Access<'_>) -> Result<u64> {
+    Ok(0xbe70_2111)
+}
+
+/// The ramp-up count that systems want to find, so that they do not write it.
+pub(super) fn read_k7_clock_control(_: &mut Access<'_>) -> Result<u64> {
+    Ok(0x2000_0000)
 }
 
 /// Bus frequency code "100 MHz".
@@ -270,16 +285,10 @@ pub(super) fn write_cpu_address(access: &mut Access<'_>, value: u64) -> Result<(
 }
 
 pub(super) fn read_tsc_aux(access: &mut Access<'_>) -> Result<u64> {
-    let features = &access.core.features;
-    let offered = features.has(Feature::RDTSCP) || features.has(Feature::RDPID);
-    if !access.trusted && !offered {
-        return Err(INVALID);
-    }
     Ok(access.core.cpu.state.msrs.tsc_aux)
 }
 
 pub(super) fn write_tsc_aux(access: &mut Access<'_>, value: u64) -> Result<()> {
-    read_tsc_aux(access)?;
     if value >> 32 != 0 && !access.trusted && !access.core.cpuid.is_amd() {
         return Err(INVALID);
     }
@@ -315,16 +324,10 @@ pub(super) fn write_debugctl(access: &mut Access<'_>, value: u64) -> Result<()> 
 }
 
 pub(super) fn read_spec_ctrl(access: &mut Access<'_>) -> Result<u64> {
-    let features = &access.core.features;
-    let offered = [Feature::IBRS, Feature::STIBP, Feature::SSBD];
-    if !access.trusted && !offered.iter().any(|&f| features.has(f)) {
-        return Err(INVALID);
-    }
     Ok(access.core.cpu.state.msrs.spec_ctrl)
 }
 
 pub(super) fn write_spec_ctrl(access: &mut Access<'_>, value: u64) -> Result<()> {
-    read_spec_ctrl(access)?;
     if value & !0x7 != 0 {
         return Err(INVALID);
     }
@@ -333,14 +336,10 @@ pub(super) fn write_spec_ctrl(access: &mut Access<'_>, value: u64) -> Result<()>
 }
 
 pub(super) fn read_xss(access: &mut Access<'_>) -> Result<u64> {
-    if !access.trusted && !access.core.features.has(Feature::XSAVES) {
-        return Err(INVALID);
-    }
     Ok(access.core.cpu.state.msrs.xss)
 }
 
-pub(super) fn write_xss(access: &mut Access<'_>, value: u64) -> Result<()> {
-    read_xss(access)?;
+pub(super) fn write_xss(_: &mut Access<'_>, value: u64) -> Result<()> {
     // No supervisor component is offered.
     if value == 0 { Ok(()) } else { Err(INVALID) }
 }
@@ -530,6 +529,9 @@ pub(super) fn write_mce_bank(access: &mut Access<'_>, value: u64) -> Result<()> 
 
 pub(super) fn read_mce_ctl2(access: &mut Access<'_>) -> Result<u64> {
     let bank = (access.index - msr::MC0_CTL2) as usize;
+    if bank >= banks(access) {
+        return Err(INVALID);
+    }
     Ok(access.core.msrs.mce_ctl2[bank])
 }
 
@@ -537,7 +539,7 @@ pub(super) fn write_mce_ctl2(access: &mut Access<'_>, value: u64) -> Result<()> 
     const CMCI_PRESENT: u64 = 1 << 10;
     let bank = (access.index - msr::MC0_CTL2) as usize;
     let cmci = access.core.msrs.get(msr::MCG_CAP) & CMCI_PRESENT != 0;
-    if (!cmci && value != 0) || value & !(1 << 30 | 0x7fff) != 0 {
+    if bank >= banks(access) || (!cmci && value != 0) || value & !(1 << 30 | 0x7fff) != 0 {
         return Err(INVALID);
     }
     access.core.msrs.mce_ctl2[bank] = value;
@@ -546,30 +548,7 @@ pub(super) fn write_mce_ctl2(access: &mut Access<'_>, value: u64) -> Result<()> 
 
 // ---- Paravirtual ------------------------------------------------------------------------------
 
-/// Fails if the guest's CPUID lacks the register's feature and that counts
-/// (KVM_CAP_ENFORCE_PV_FEATURE_CPUID).
-fn require_paravirtual(access: &Access<'_>) -> Result<()> {
-    let feature = match access.index {
-        msr::KVM_WALL_CLOCK | msr::KVM_SYSTEM_TIME => pv::CLOCKSOURCE,
-        msr::KVM_WALL_CLOCK_NEW | msr::KVM_SYSTEM_TIME_NEW => pv::CLOCKSOURCE2,
-        msr::KVM_STEAL_TIME => pv::STEAL_TIME,
-        msr::KVM_PV_EOI_EN => pv::PV_EOI,
-        _ => pv::POLL_CONTROL,
-    };
-    if access.core.offers_paravirtual(feature) {
-        Ok(())
-    } else {
-        Err(INVALID)
-    }
-}
-
-pub(super) fn read_paravirtual(access: &mut Access<'_>) -> Result<u64> {
-    require_paravirtual(access)?;
-    read_stored(access)
-}
-
 pub(super) fn write_wall_clock(access: &mut Access<'_>, value: u64) -> Result<()> {
-    require_paravirtual(access)?;
     // Both numbers name one register.
     access.core.msrs.set(msr::KVM_WALL_CLOCK, value);
     access.core.msrs.set(msr::KVM_WALL_CLOCK_NEW, value);
@@ -578,7 +557,6 @@ pub(super) fn write_wall_clock(access: &mut Access<'_>, value: u64) -> Result<()
 }
 
 pub(super) fn write_system_time(access: &mut Access<'_>, value: u64) -> Result<()> {
-    require_paravirtual(access)?;
     access.core.msrs.set(msr::KVM_SYSTEM_TIME, value);
     access.core.msrs.set(msr::KVM_SYSTEM_TIME_NEW, value);
     access
@@ -590,7 +568,6 @@ pub(super) fn write_system_time(access: &mut Access<'_>, value: u64) -> Result<(
 
 pub(super) fn write_steal_time(access: &mut Access<'_>, value: u64) -> Result<()> {
     const RESERVED: u64 = 0x3e;
-    require_paravirtual(access)?;
     if value & RESERVED != 0 {
         return Err(INVALID);
     }
@@ -604,7 +581,6 @@ pub(super) fn write_steal_time(access: &mut Access<'_>, value: u64) -> Result<()
 
 pub(super) fn write_pv_eoi(access: &mut Access<'_>, value: u64) -> Result<()> {
     const RESERVED: u64 = 0x2;
-    require_paravirtual(access)?;
     if value & RESERVED != 0 {
         return Err(INVALID);
     }
@@ -613,7 +589,6 @@ pub(super) fn write_pv_eoi(access: &mut Access<'_>, value: u64) -> Result<()> {
 }
 
 pub(super) fn write_poll_control(access: &mut Access<'_>, value: u64) -> Result<()> {
-    require_paravirtual(access)?;
     if value & !1 != 0 {
         return Err(INVALID);
     }
