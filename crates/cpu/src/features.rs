@@ -1,7 +1,9 @@
 //! What this processor can offer on this host.
 
+use crate::op::Stop;
 use crate::vcpu::Vcpu;
 use arch::control_registers::Xcr0;
+use arch::controls::SecondaryControls;
 use arch::cpuid::{Feature, Features, Output};
 use std::sync::OnceLock;
 
@@ -113,6 +115,44 @@ pub(crate) fn host_has(feature: Feature) -> bool {
 }
 
 impl Vcpu {
+    /// Sets the features that the guest sees in CPUID, which decide what raises #UD and which
+    /// control-register bits are reserved, and the width of physical addresses.
+    pub fn set_features(&mut self, features: Features, maxphyaddr: u8) {
+        self.features = features.intersection(&Vcpu::host_features());
+        self.shown = self.features;
+        self.maxphyaddr = maxphyaddr;
+        self.code.clear();
+        self.tlb.flush();
+    }
+
+    /// Has every instruction execute that the processor knows, whatever CPUID shows, but for those
+    /// that a control or a bit of a control register enables: a hypervisor cannot take away others.
+    pub fn execute_all_instructions(&mut self) {
+        self.features = Vcpu::host_features();
+        self.code.clear();
+    }
+
+    /// Whether the guest sees `feature`.
+    #[inline]
+    pub(crate) fn shows(&self, feature: Feature) -> bool {
+        self.shown.has(feature)
+    }
+
+    /// Whether the instructions of `feature` execute.
+    #[inline]
+    pub(crate) fn has(&self, feature: Feature) -> bool {
+        self.features.has(feature)
+    }
+
+    /// #UD unless a secondary control enables the instruction.
+    pub(crate) fn require_control(&mut self, control: SecondaryControls) -> Result<(), Stop> {
+        if self.secondary(control) {
+            Ok(())
+        } else {
+            Err(self.undefined())
+        }
+    }
+
     /// Everything a guest of this host can be offered.
     pub fn host_features() -> Features {
         static FEATURES: OnceLock<Features> = OnceLock::new();

@@ -195,7 +195,10 @@ pub struct Vcpu {
     /// Supervisor data accesses may touch user pages.
     pub(crate) supervisor_reaches_user: bool,
 
+    /// The features whose instructions execute.
     pub(crate) features: Features,
+    /// The features that the guest sees.
+    pub(crate) shown: Features,
     pub(crate) maxphyaddr: u8,
     pub(crate) bus: Option<NonNull<dyn Bus>>,
     pub(crate) observer: Option<NonNull<dyn Observer>>,
@@ -315,6 +318,7 @@ impl Vcpu {
             user: false,
             supervisor_reaches_user: true,
             features: Vcpu::host_features(),
+            shown: Vcpu::host_features(),
             maxphyaddr: 46,
             bus: None,
             observer: None,
@@ -348,15 +352,6 @@ impl Vcpu {
     /// The handle by which other threads interrupt this processor.
     pub fn attention(&self) -> Arc<Attention> {
         self.attention.clone()
-    }
-
-    /// Sets the features that the guest sees in CPUID, which decide what raises #UD and which
-    /// control-register bits are reserved, and the width of physical addresses.
-    pub fn set_features(&mut self, features: Features, maxphyaddr: u8) {
-        self.features = features.intersection(&Vcpu::host_features());
-        self.maxphyaddr = maxphyaddr;
-        self.code.clear();
-        self.tlb.flush();
     }
 
     /// Whether walks of the guest's tables and of EPT may start at tables that earlier ones reached. They may,
@@ -556,12 +551,6 @@ impl Vcpu {
         }))
     }
 
-    /// Whether the guest is offered `feature`.
-    #[inline]
-    pub(crate) fn has(&self, feature: Feature) -> bool {
-        self.features.has(feature)
-    }
-
     /// Whether the processor is in real mode.
     pub(crate) fn real_mode(&self) -> bool {
         !self.state.cr0.contains(Cr0::PE)
@@ -711,8 +700,8 @@ impl Vcpu {
             cr4,
             efer,
             physical_bits,
-            has_1g_pages: shadow || self.has(Feature::PDPE1GB),
-            has_pse36: self.has(Feature::PSE36),
+            has_1g_pages: shadow || self.shows(Feature::PDPE1GB),
+            has_pse36: self.shows(Feature::PSE36),
         };
         // Most entries change none of it.
         if selected != self.paging_selected {

@@ -12,6 +12,7 @@
 mod counters;
 mod guest_mode;
 mod injection;
+mod offered;
 mod progress;
 mod requests;
 
@@ -758,13 +759,5 @@ impl Core {
         if valid & KVM_SYNC_X86_EVENTS as u64 != 0 {
             sync.events = events;
         }
-    }
-
-    /// Tells the processor what the guest's CPUID offers.
-    pub(crate) fn apply_cpuid(&mut self, table: Table) {
-        self.features = table.features();
-        let bits = table.physical_bits();
-        self.cpuid = table;
-        self.cpu.set_features(self.features, bits);
     }
 }

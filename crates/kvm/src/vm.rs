@@ -130,6 +130,8 @@ pub(crate) struct Vm {
     /// What KVM_SET_NR_MMU_PAGES said.
     max_mmu_pages: AtomicU64,
     identity_map: AtomicU64,
+    /// [`crate::Options::strict_cpuid`].
+    pub(crate) has_strict_cpuid: bool,
 }
 
 impl std::fmt::Debug for Vm {
@@ -190,6 +192,7 @@ impl Vm {
             tss_address: AtomicU64::new(0),
             max_mmu_pages: AtomicU64::new(config.max_table_pages as u64),
             identity_map: AtomicU64::new(0xfffb_c000),
+            has_strict_cpuid: options.strict_cpuid,
         }))
     }
 

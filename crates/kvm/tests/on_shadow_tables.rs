@@ -37,3 +37,5 @@ mod task_priority;
 mod task_switch;
 #[path = "timers.rs"]
 mod timers;
+#[path = "withheld.rs"]
+mod withheld;

@@ -52,7 +52,7 @@ impl Vcpu {
             (Feature::PKS, Cr4::PKS),
         ];
         for (feature, bits) in table {
-            if self.has(feature) {
+            if self.shows(feature) {
                 allowed |= bits;
             }
         }
@@ -68,7 +68,7 @@ impl Vcpu {
             (Feature::NX, Efer::NXE),
             (Feature::FXSR_OPT, Efer::FFXSR),
         ] {
-            if self.has(feature) {
+            if self.shows(feature) {
                 allowed |= bits;
             }
         }

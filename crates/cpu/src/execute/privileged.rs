@@ -50,6 +50,7 @@ pub(crate) fn invlpg(cpu: &mut Vcpu, op: &Op) -> Flow {
 
 /// INVPCID; the type is in register `dst`.
 pub(crate) fn invpcid(cpu: &mut Vcpu, op: &Op) -> Flow {
+    attempt!(cpu.require_control(SecondaryControls::ENABLE_INVPCID));
     attempt!(cpu.require_cpl0());
     if cpu.primary(PrimaryControls::INVLPG_EXITING) {
         let info = cpu.operand_info(op) | u32::from(op.dst / 8) << 28;
@@ -129,6 +130,9 @@ pub(crate) fn cpuid(cpu: &mut Vcpu, op: &Op) -> Flow {
 
 /// RDTSC (`aux` 0) and RDTSCP (1).
 pub(crate) fn rdtsc(cpu: &mut Vcpu, op: &Op) -> Flow {
+    if op.aux == 1 {
+        attempt!(cpu.require_control(SecondaryControls::ENABLE_RDTSCP));
+    }
     if cpu.state.cr4.contains(Cr4::TSD) && cpu.cpl() != 0 {
         cpu.general_protection();
         return Flow::Stop;
@@ -152,8 +156,9 @@ pub(crate) fn rdtsc(cpu: &mut Vcpu, op: &Op) -> Flow {
     Flow::Next
 }
 
-/// RDPID.
+/// RDPID, which the control of RDTSCP enables.
 pub(crate) fn rdpid(cpu: &mut Vcpu, op: &Op) -> Flow {
+    attempt!(cpu.require_control(SecondaryControls::ENABLE_RDTSCP));
     let aux = cpu.state.msrs.tsc_aux;
     cpu.set_reg(op.dst, aux);
     Flow::Next

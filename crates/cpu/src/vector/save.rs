@@ -9,6 +9,7 @@ use crate::op::{Flow, Op, Stop};
 use crate::state::ExtendedState;
 use crate::vcpu::{Cause, Vcpu};
 use arch::control_registers::{Cr4, Xcr0};
+use arch::controls::SecondaryControls;
 use arch::cpuid::Feature;
 use arch::exit::{ExitReason, VmExit};
 
@@ -184,6 +185,7 @@ impl Vcpu {
             return Err(self.undefined());
         }
         if supervisor {
+            self.require_control(SecondaryControls::ENABLE_XSAVES)?;
             self.require_cpl0()?;
         }
         if self.state.cr0.contains(arch::control_registers::Cr0::TS) {

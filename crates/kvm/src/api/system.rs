@@ -16,12 +16,18 @@ pub struct Options {
     /// Page-modification logging finds what the dirty log reports, which needs EPT; without it,
     /// write protection does.
     pub pml: bool,
+    /// Instructions of features that CPUID does not offer raise #UD, all of them. KVM only takes
+    /// away those that a control of VT-x or a bit of a control register takes away; the others
+    /// execute, and there are guests that execute them unasked.
+    pub strict_cpuid: bool,
 }
 
 /// The environment variables that stand for `kvm_intel.ept` and `kvm_intel.pml`: `off` or `0` turns
 /// one off.
 const EPT_VARIABLE: &str = "EPTIDE_EPT";
 const PML_VARIABLE: &str = "EPTIDE_PML";
+/// The environment variable that stands for [`Options::strict_cpuid`]: `on` or `1` turns it on.
+const STRICT_VARIABLE: &str = "EPTIDE_STRICT_CPUID";
 
 impl Default for Options {
     fn default() -> Options {
@@ -32,6 +38,8 @@ impl Default for Options {
         Options {
             ept: is_on(EPT_VARIABLE),
             pml: is_on(PML_VARIABLE),
+            strict_cpuid: std::env::var_os(STRICT_VARIABLE)
+                .is_some_and(|value| value == "on" || value == "1"),
         }
     }
 }
@@ -45,6 +53,14 @@ impl Options {
     /// These options with page-modification logging on or off.
     pub fn with_pml(self, pml: bool) -> Options {
         Options { pml, ..self }
+    }
+
+    /// These options with [`Options::strict_cpuid`] on or off.
+    pub fn with_strict_cpuid(self, strict_cpuid: bool) -> Options {
+        Options {
+            strict_cpuid,
+            ..self
+        }
     }
 }
 

@@ -148,7 +148,7 @@ impl VcpuFd {
             }
             return Ok(());
         }
-        core.apply_cpuid(table);
+        core.apply_cpuid(table, self.vcpu.vm().has_strict_cpuid);
         Ok(())
     }
 

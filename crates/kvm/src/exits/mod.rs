@@ -104,7 +104,8 @@ const fn row(reason: ExitReason) -> Row {
         R::EptMisconfiguration => Handle(memory::ept_misconfiguration),
         R::PreemptionTimer => Never("the preemption timer is off"),
         R::Xsetbv => Handle(control_registers::xsetbv),
-        R::Rdrand | R::Rdseed => Never("RDRAND and RDSEED exiting are off"),
+        // These exit where CPUID does not offer them.
+        R::Rdrand | R::Rdseed => Handle(instructions::undefined),
         R::Encls => Handle(instructions::undefined),
         // Every exit empties the log.
         R::PmlFull => Handle(instructions::kicked),
