@@ -156,3 +156,187 @@ fn the_pit_ticks() {
     };
     all_wait(advances(false, &setup, &start));
 }
+
+/// A guest with interrupt 41H's handler, which leaves where it struck in R15 and ends the guest;
+/// `code` runs with interrupts enabled. The address that it struck at, from the code's label on.
+fn strikes_at(code: &[u8]) -> u64 {
+    let mut machine = Machine::new(Irqchip::Full, 1, code);
+    machine.gate(0x41, 0x2000);
+    machine.code_at(0x2000, |a| {
+        a.mov(r15, qword_ptr(rsp))?;
+        stop(a)
+    });
+    runs_to_stop(&mut machine);
+    machine.vcpu().get_regs().unwrap().r15
+}
+
+/// Code that `prepare`s, executes `last`, and goes on for a while, and where it goes on.
+fn then_computes(prepare: Code<'_>, last: Code<'_>) -> (Vec<u8>, u64) {
+    let mut next = 0;
+    let code = assemble(|a| {
+        a.mov(rbx, APIC)?;
+        apic(a, 0xf0, 0x1ff)?;
+        prepare(a)?;
+        a.sti()?;
+        a.nop()?;
+        last(a)?;
+        next = a.instructions().len();
+        let mut on = a.create_label();
+        a.mov(ecx, 1_000_000)?;
+        a.set_label(&mut on)?;
+        a.dec(ecx)?;
+        a.jne(on)?;
+        a.xor(r15, r15)?;
+        stop(a)
+    });
+    let mut decoder = iced_x86::Decoder::with_ip(64, &code, CODE, 0);
+    let at = decoder.iter().nth(next).unwrap().ip();
+    (code, at)
+}
+
+/// A TSC deadline in the past interrupts at the instruction that sets it, a count of a nanosecond
+/// or none at all likewise. Source: SDM volume 3A, "TSC-Deadline Mode": writing a value that is
+/// not later than the counter delivers an interrupt "immediately".
+#[test]
+fn what_is_due_interrupts_at_once() {
+    let deadline = |a: &mut CodeAssembler| {
+        apic(a, 0x320, 0x4_0041)?;
+        a.mov(ecx, TSC_DEADLINE)?;
+        a.mov(eax, 1)?;
+        a.xor(edx, edx)
+    };
+    let count = |lvt: i32| {
+        move |a: &mut CodeAssembler| {
+            apic(a, 0x3e0, BY_ONE)?;
+            apic(a, 0x320, lvt)
+        }
+    };
+    // Made to be in the past by moving the counter.
+    let far = |a: &mut CodeAssembler| {
+        apic(a, 0x320, 0x4_0041)?;
+        now(a)?;
+        a.shr(rax, 32)?;
+        a.mov(edx, eax)?;
+        a.add(edx, 2)?;
+        a.mov(ecx, TSC_DEADLINE)?;
+        a.wrmsr()?;
+        a.mov(ecx, 0x10)?;
+        a.add(edx, 1)
+    };
+    let wrmsr = |a: &mut CodeAssembler| a.wrmsr();
+    let start = |a: &mut CodeAssembler| apic(a, 0x380, 1);
+    let once = count(0x41);
+    let cases: [(&str, Code<'_>, Code<'_>); 3] = [
+        ("deadline", &deadline, &wrmsr),
+        ("counter moved", &far, &wrmsr),
+        ("once", &once, &start),
+    ];
+    for (name, prepare, last) in cases {
+        let (code, next) = then_computes(prepare, last);
+        for _ in 0..20 {
+            assert_eq!(strikes_at(&code), next, "{name}");
+        }
+    }
+}
+
+/// Once the current count reads 0, or the deadline does, the interrupt is in the IRR.
+#[test]
+fn what_has_expired_has_been_requested() {
+    // Waits until the register at RBX + 390H, or the deadline, reads 0; the IRR's word to ESI.
+    let code = |deadline: bool| {
+        assemble(|a| {
+            a.mov(rbx, APIC)?;
+            apic(a, 0xf0, 0x1ff)?;
+            apic(a, 0x3e0, BY_ONE)?;
+            apic(a, 0x320, if deadline { 0x4_0041 } else { 0x41 })?;
+            let mut wait = a.create_label();
+            a.mov(ecx, TSC_DEADLINE)?;
+            if deadline {
+                now(a)?;
+                a.add(rax, 300_000)?;
+                a.mov(rdx, rax)?;
+                a.shr(rdx, 32)?;
+                a.wrmsr()?;
+            } else {
+                apic(a, 0x380, 100_000)?;
+            }
+            a.set_label(&mut wait)?;
+            if deadline {
+                a.rdmsr()?;
+                a.or(eax, edx)?;
+            } else {
+                a.mov(eax, dword_ptr(rbx + 0x390))?;
+            }
+            a.test(eax, eax)?;
+            a.jne(wait)?;
+            a.mov(esi, dword_ptr(rbx + 0x220))?;
+            stop(a)
+        })
+    };
+    for deadline in [false, true] {
+        let code = code(deadline);
+        for _ in 0..20 {
+            let mut machine = Machine::new(Irqchip::Full, 1, &code);
+            runs_to_stop(&mut machine);
+            let regs = machine.vcpu().get_regs().unwrap();
+            assert_eq!(regs.rsi, 2, "deadline {deadline}");
+        }
+    }
+}
+
+/// A one-shot timer that has expired is not started again by saving and restoring it, nor is its
+/// interrupt lost or made twice.
+#[test]
+fn an_expired_timer_is_restored_as_such() {
+    let code = assemble(|a| {
+        a.mov(rbx, APIC)?;
+        apic(a, 0xf0, 0x1ff)?;
+        apic(a, 0x3e0, BY_ONE)?;
+        apic(a, 0x320, 0x41)?;
+        apic(a, 0x380, 1000)?;
+        stop(a)?;
+        a.mov(eax, dword_ptr(rbx + 0x220))?;
+        a.mov(ecx, dword_ptr(rbx + 0x390))?;
+        stop(a)
+    });
+    for _ in 0..20 {
+        let mut machine = Machine::new(Irqchip::Full, 1, &code);
+        runs_to_stop(&mut machine);
+        std::thread::sleep(std::time::Duration::from_micros(100));
+        let mut page = machine.vcpu().get_lapic().unwrap();
+        assert_eq!(page.regs[0x220], 2, "in the IRR when the count is 0");
+        page.regs[0x220] = 0;
+        machine.vcpu().set_lapic(&page).unwrap();
+        runs_to_stop(&mut machine);
+        let regs = machine.vcpu().get_regs().unwrap();
+        assert_eq!((regs.rax & 2, regs.rcx), (0, 0));
+    }
+}
+
+/// Once the PIT's output is high, which the read-back command shows, the 8259 has the request.
+#[test]
+fn what_the_pit_shows_has_been_requested() {
+    let code = assemble(|a| {
+        for (port, value) in [(0x43, 0x30), (0x40, 100), (0x40, 0)] {
+            a.mov(eax, value)?;
+            a.out(port, al)?;
+        }
+        let mut wait = a.create_label();
+        a.set_label(&mut wait)?;
+        a.mov(eax, 0xe2)?; // the status of channel 0
+        a.out(0x43, al)?;
+        a.in_(al, 0x40)?;
+        a.test(al, 0x80)?;
+        a.je(wait)?;
+        a.mov(eax, 0x0a)?; // the request register
+        a.out(0x20, al)?;
+        a.in_(al, 0x20)?;
+        stop(a)
+    });
+    for _ in 0..20 {
+        let mut machine = Machine::new(Irqchip::Full, 1, &code);
+        machine.vm.create_pit2(kvm_pit_config::default()).unwrap();
+        runs_to_stop(&mut machine);
+        assert_eq!(machine.vcpu().get_regs().unwrap().rax & 1, 1);
+    }
+}

@@ -531,7 +531,7 @@ impl LocalApic {
 
     /// The vector that would interrupt the processor now.
     pub fn deliverable(&self) -> Option<u8> {
-        self.lock().deliverable()
+        self.lock_settled().deliverable()
     }
 
     /// Moves the deliverable vector into service and returns it.
@@ -577,16 +577,41 @@ impl LocalApic {
         state.bit(reg::IRR, vector) || state.bit(reg::ISR, vector)
     }
 
-    fn arm(&self, deadline: Option<u64>) {
-        match deadline {
+    /// Serves the timer if it is due, and arms it for what is to come. Whether that requested an
+    /// interrupt.
+    ///
+    /// Whoever starts the timer or looks at it does this, on the vCPU's own thread: the timer
+    /// thread may come late, and what software reads of a timer that has expired must agree with
+    /// the IRR.
+    fn settle(&self, state: &mut State) -> bool {
+        let lvt = state.timer_lvt();
+        let expired = state.timer.expire(lvt).is_some();
+        match state.timer.deadline() {
             Some(deadline) => self.timer.arm(deadline),
             None => self.timer.disarm(),
         }
+        expired && lvt & LVT_MASKED == 0 && state.accept(lvt as u8, false) != Delivery::Ignored
+    }
+
+    /// As [`LocalApic::settle`], on the vCPU's own thread.
+    fn settle_own(&self, state: &mut State) {
+        if self.settle(state) {
+            self.mailbox.post_own(Request::EVENT);
+        }
+    }
+
+    /// The registers, with the timer's expiry in them if it is due.
+    fn lock_settled(&self) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        if state.timer.is_due() {
+            self.settle_own(&mut state);
+        }
+        state
     }
 
     /// IA32_TSC_DEADLINE: the armed deadline, or zero.
     pub fn tsc_deadline(&self) -> u64 {
-        let state = self.lock();
+        let state = self.lock_settled();
         state.timer.tsc_deadline(state.timer_lvt())
     }
 
@@ -594,13 +619,15 @@ impl LocalApic {
     pub fn set_tsc_deadline(&self, deadline: u64, tsc: &GuestTsc) {
         let mut state = self.lock();
         let lvt = state.timer_lvt();
-        let armed = state.timer.start_tsc_deadline(lvt, deadline, *tsc);
-        self.arm(armed);
+        state.timer.start_tsc_deadline(lvt, deadline, *tsc);
+        self.settle_own(&mut state);
     }
 
     /// Recomputes an armed TSC deadline after the guest's counter moved.
     pub fn tsc_changed(&self, tsc: &GuestTsc) {
-        let deadline = self.tsc_deadline();
+        let state = self.lock();
+        let deadline = state.timer.tsc_deadline(state.timer_lvt());
+        drop(state);
         if deadline != 0 {
             self.set_tsc_deadline(deadline, tsc);
         }
@@ -609,17 +636,9 @@ impl LocalApic {
 
 impl Expiry for LocalApic {
     fn expired(&self) {
-        let mut state = self.lock();
-        let lvt = state.timer_lvt();
-        let Some(outcome) = state.timer.expire(lvt) else {
-            // Overtaken by a new deadline, or woken before the guest's counter got there.
-            let deadline = state.timer.deadline();
-            self.arm(deadline);
-            return;
-        };
-        self.arm(outcome.next);
-        let taken = lvt & LVT_MASKED == 0 && state.accept(lvt as u8, false) != Delivery::Ignored;
-        drop(state);
+        // Not if it was overtaken by a new deadline, served already, or woken before the guest's
+        // counter got there.
+        let taken = self.settle(&mut self.lock());
         if taken {
             self.mailbox.post(Request::EVENT);
         }

@@ -74,7 +74,8 @@ impl ApicTimer {
         self.resume(lvt, initial, initial)
     }
 
-    /// Starts with `current` counts of `initial` left, as after a restore.
+    /// Starts with `current` counts of `initial` left, as after a restore; with none the timer runs
+    /// on if it is periodic, and has expired otherwise.
     pub(super) fn resume(&mut self, lvt: u32, initial: u32, current: u32) -> Option<u64> {
         if mode(lvt) == Mode::TscDeadline {
             return self.deadline;
@@ -86,7 +87,8 @@ impl ApicTimer {
         } else {
             current as u64 * self.divide
         };
-        self.deadline = (initial != 0).then(|| monotonic_ns() + left);
+        let expired = current == 0 && mode(lvt) == Mode::OneShot;
+        self.deadline = (initial != 0 && !expired).then(|| monotonic_ns() + left);
         self.deadline
     }
 
@@ -98,7 +100,7 @@ impl ApicTimer {
             && mode(lvt) != Mode::TscDeadline
         {
             let now = monotonic_ns();
-            let left = deadline.saturating_sub(now) / self.divide * divide;
+            let left = deadline.saturating_sub(now).div_ceil(self.divide) * divide;
             self.period = self.period / self.divide * divide;
             self.deadline = Some(now + left);
         }
@@ -125,7 +127,7 @@ impl ApicTimer {
             let period = self.served_period();
             left = period - (now - deadline) % period;
         }
-        (left / self.divide).min(u32::MAX as u64) as u32
+        left.div_ceil(self.divide).min(u32::MAX as u64) as u32
     }
 
     /// The armed TSC deadline, or zero.
@@ -153,6 +155,12 @@ impl ApicTimer {
         self.tsc = Some((deadline, tsc));
         self.deadline = Some(monotonic_ns().saturating_add(tsc.ns_until(deadline)));
         self.deadline
+    }
+
+    /// Whether the deadline has passed.
+    pub(super) fn is_due(&self) -> bool {
+        self.deadline
+            .is_some_and(|deadline| deadline <= monotonic_ns())
     }
 
     /// Decides whether the timer has expired, and if so moves to the next period or stops.

@@ -371,9 +371,7 @@ impl IrqChip {
             self.update_intr(&chips);
             return Some(value);
         }
-        let pit = self.pit.get()?;
-        let mut state = pit.lock();
-        state.decodes(port).then(|| state.read(port))
+        self.pit.get()?.read(port)
     }
 
     /// Writes a port of the 8259s or the PIT; false if neither decodes it.
@@ -486,6 +484,21 @@ impl PitDevice {
             Some(deadline) => self.timer.arm(deadline),
             None => self.timer.disarm(),
         }
+    }
+
+    fn read(&self, port: u16) -> Option<u8> {
+        let mut pit = self.lock();
+        if !pit.decodes(port) {
+            return None;
+        }
+        let value = pit.read(port);
+        // What was read may show a tick that the timer thread has yet to deliver.
+        let is_due = pit.is_due();
+        drop(pit);
+        if is_due {
+            self.expired();
+        }
+        Some(value)
     }
 
     fn write(&self, port: u16, value: u8) -> bool {

@@ -299,6 +299,12 @@ impl Pit {
         self.deadline = runs.then(|| channel.load_time + length.max(self.period) + 1);
     }
 
+    /// Whether channel 0 has a tick to deliver.
+    pub fn is_due(&self) -> bool {
+        self.deadline
+            .is_some_and(|deadline| deadline <= monotonic_ns())
+    }
+
     /// Moves past every tick that is due; true if a tick is to be delivered now.
     pub fn tick(&mut self) -> bool {
         let now = monotonic_ns();

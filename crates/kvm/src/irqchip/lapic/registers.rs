@@ -6,7 +6,10 @@ impl LocalApic {
     /// Reads a register by its xAPIC offset.
     pub fn read(&self, offset: u32) -> Result<u32, Illegal> {
         self.note_access(offset, TprAccess::Read);
-        let mut state = self.lock();
+        let mut state = match offset {
+            reg::TIMER_CURRENT | reg::IRR..reg::ESR => self.lock_settled(),
+            _ => self.lock(),
+        };
         let x2apic = state.x2apic();
         let exists = match offset {
             reg::ID | reg::VERSION | reg::TPR | reg::PPR | reg::LDR | reg::SVR | reg::ESR => true,
@@ -127,8 +130,8 @@ impl LocalApic {
             reg::TIMER_INITIAL => {
                 let lvt = state.timer_lvt();
                 state.set(reg::TIMER_INITIAL, value);
-                let deadline = state.timer.start(lvt, value);
-                self.arm(deadline);
+                state.timer.start(lvt, value);
+                self.settle_own(&mut state);
             }
             reg::TIMER_DIVIDE => {
                 if x2apic && value & !0xb != 0 {
@@ -136,8 +139,8 @@ impl LocalApic {
                 }
                 state.set(reg::TIMER_DIVIDE, value & 0xb);
                 let lvt = state.timer_lvt();
-                let deadline = state.timer.set_divide(lvt, value);
-                self.arm(deadline);
+                state.timer.set_divide(lvt, value);
+                self.settle_own(&mut state);
             }
             reg::SELF_IPI if x2apic => {
                 if value & !0xff != 0 {
@@ -162,7 +165,7 @@ impl LocalApic {
 
     /// The register page as KVM_GET_LAPIC shows it.
     pub fn snapshot(&self) -> [u32; 256] {
-        let mut state = self.lock();
+        let mut state = self.lock_settled();
         state.update_ppr();
         let current = state.timer.current_count(state.timer_lvt());
         let mut page = [0; 256];
@@ -217,9 +220,9 @@ impl LocalApic {
         );
         state.timer.cancel();
         state.timer.set_divide(lvt, divide);
-        let deadline = state.timer.resume(lvt, initial, current);
-        self.arm(deadline);
+        state.timer.resume(lvt, initial, current);
         self.publish(&state);
+        self.settle(&mut state);
         drop(state);
         self.mailbox.post(Request::EVENT);
         Ok(())
