@@ -56,7 +56,7 @@ impl Apics {
             return own.deliver(message.mode, message.vector, message.level, message.assert);
         }
         let quirk = self.has_quirk();
-        let mut targets = all
+        let targets = all
             .iter()
             .filter(|apic| apic.is_addressed(message, source, quirk));
         if message.mode == DeliveryMode::LowestPriority {
@@ -68,11 +68,7 @@ impl Apics {
                 .min_by_key(|apic| apic.processor_priority() >> 4);
             return chosen.map_or(Delivery::Ignored, |apic| deliver(apic, message));
         }
-        if !message.logical && message.shorthand == Shorthand::None && !is_broadcast(message) {
-            return targets
-                .next()
-                .map_or(Delivery::Ignored, |apic| deliver(apic, message));
-        }
+        // A physical ID, too, may be that of several: an xAPIC's is software's to write.
         targets.fold(Delivery::Ignored, |sum, apic| {
             sum.and(deliver(apic, message))
         })
@@ -86,11 +82,6 @@ impl Apics {
             .find(|apic| apic.accepts_pic())
             .cloned()
     }
-}
-
-/// Whether the destination may be all processors: that is for each of them to know.
-fn is_broadcast(message: &Message) -> bool {
-    matches!(message.destination, 0xff | u32::MAX)
 }
 
 fn deliver(apic: &LocalApic, message: &Message) -> Delivery {
@@ -144,6 +135,25 @@ mod tests {
         }
         assert_eq!(all[0].deliverable(), None);
         assert!(all[1].deliverable().is_some() && all[2].deliverable().is_some());
+    }
+
+    /// xAPIC IDs are software's to write, the same one to several.
+    #[test]
+    fn a_shared_id_is_everyones() {
+        let (apics, all) = apics(4);
+        for apic in [&all[1], &all[3]] {
+            apic.write(reg::ID, 7 << 24).unwrap();
+        }
+        let device = Message::from_msi(0xfee0_7000, 0x40, false);
+        assert_eq!(apics.deliver(&device, None), Delivery::Taken(2));
+        let ipi = Message::from_icr(0x0700_0000_0000_4041, false);
+        assert_eq!(apics.deliver(&ipi, Some(&all[3])), Delivery::Taken(2));
+        for (n, apic) in all.iter().enumerate() {
+            let expected = (n % 2 == 1).then_some(0x41);
+            assert_eq!(apic.deliverable(), expected, "{n}");
+        }
+        let alone = Message::from_msi(0xfee0_2000, 0x50, false);
+        assert_eq!(apics.deliver(&alone, None), Delivery::Taken(1));
     }
 
     #[test]

@@ -357,10 +357,12 @@ impl LocalApic {
                 let id = self.initial_id;
                 state.set(reg::ID, id);
                 state.set(reg::LDR, x2apic_ldr(id));
-            } else if old == x2apic {
+            } else if old == x2apic || old == disabled {
                 let id = self.initial_id;
                 state.set(reg::ID, id << 24);
-                state.set(reg::LDR, 0);
+                if old == x2apic {
+                    state.set(reg::LDR, 0);
+                }
             }
         }
         self.publish(&state);

@@ -225,3 +225,27 @@ fn timer_interrupts_when_due() {
     assert_eq!(apic.acknowledge(), Some(0x77));
     assert_eq!(read(&apic, reg::TIMER_CURRENT), 0);
 }
+
+/// Source: SDM volume 3A, "Enabling or Disabling the Local APIC".
+#[test]
+fn an_apic_that_was_disabled_has_its_initial_id() {
+    for trusted in [false, true] {
+        let apic = apic(3);
+        write(&apic, reg::ID, 9 << 24);
+        assert_eq!(apic.id(), 9);
+        let set = |mode: u64| apic.set_base(DEFAULT_BASE | mode, true, 40, trusted);
+        set(0).unwrap();
+        set(apic_base::ENABLE).unwrap();
+        assert_eq!((apic.id(), read(&apic, reg::ID)), (3, 3 << 24));
+        // What stays enabled keeps the ID that it was given.
+        write(&apic, reg::ID, 9 << 24);
+        set(apic_base::ENABLE | apic_base::BSP).unwrap();
+        assert_eq!(apic.id(), 9);
+        // By way of x2APIC mode.
+        set(apic_base::ENABLE | apic_base::X2APIC).unwrap();
+        assert_eq!(apic.id(), 3);
+        set(0).unwrap();
+        set(apic_base::ENABLE).unwrap();
+        assert_eq!((apic.id(), read(&apic, reg::ID)), (3, 3 << 24));
+    }
+}
