@@ -55,8 +55,9 @@ const fn bit(signal: libc::c_int) -> u64 {
     1 << (signal - 1)
 }
 
-/// A disposition that signal handlers may read while it is replaced. Two copies take turns; the
-/// version's low bit says that the other one is being written.
+/// A disposition that signal handlers may read while it is replaced. Two copies take turns. The
+/// version's low half counts; its low bit says that the other copy is being written, and the high
+/// half then names the process whose thread writes: one that a fork left behind never finishes.
 struct Kept {
     version: AtomicU64,
     copies: [[AtomicU64; 4]; 2],
@@ -72,13 +73,14 @@ impl Kept {
 
     fn read(&self) -> Disposition {
         loop {
-            let version = self.version.load(Ordering::Acquire) & !1;
+            let version = self.version.load(Ordering::Acquire) as u32 & !1;
             let copy = &self.copies[(version >> 1 & 1) as usize];
             let [handler, flags, restorer, mask] =
                 [0, 1, 2, 3].map(|field| copy[field].load(Ordering::Relaxed));
             fence(Ordering::Acquire);
             // A writer overwrites this copy only after it has finished the other one.
-            if self.version.load(Ordering::Relaxed).wrapping_sub(version) <= 2 {
+            let now = self.version.load(Ordering::Relaxed) as u32;
+            if now.wrapping_sub(version) <= 2 {
                 return Disposition {
                     handler: handler as usize,
                     flags,
@@ -91,18 +93,20 @@ impl Kept {
 
     /// Replaces what `change` makes something else of, and returns what was there.
     fn update(&self, change: impl Fn(&Disposition) -> Disposition) -> Disposition {
-        // A writer is done after a few instructions, unless a fork has left it behind.
+        // A writer is done after a few instructions, unless it is interrupted or left behind.
         let mut patience = 100_000;
+        let process = std::process::id();
         let version = loop {
             let version = self.version.load(Ordering::Acquire);
-            let is_free = version & 1 == 0 || patience == 0;
-            let taken = version | 1;
+            let writer = (version >> 32) as u32;
+            let is_free = version & 1 == 0 || patience == 0 && writer != process;
+            let taken = u64::from(process) << 32 | u64::from(version as u32 | 1);
             let exchange = |new| {
                 self.version
                     .compare_exchange(version, new, Ordering::AcqRel, Ordering::Relaxed)
             };
             if is_free && exchange(taken).is_ok() {
-                break taken & !1;
+                break taken as u32 & !1;
             }
             patience -= i32::from(patience > 0);
             std::hint::spin_loop();
@@ -114,7 +118,8 @@ impl Kept {
         for (field, value) in copy.iter().zip(fields) {
             field.store(value, Ordering::Relaxed);
         }
-        self.version.store(version + 2, Ordering::Release);
+        let next = version.wrapping_add(2);
+        self.version.store(next.into(), Ordering::Release);
         old
     }
 }
