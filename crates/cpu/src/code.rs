@@ -12,14 +12,16 @@
 //! [`crate::machine::Machine`].
 
 use crate::decode::Decoded;
-use crate::host::HostInt;
-use crate::machine::Unsettled;
+use crate::host::{self, HostInt};
+use crate::machine::{Unsettled, granules};
 use crate::op::Op;
+use crate::translator::Body;
+use std::cell::{Cell, OnceCell};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
 const PAGE_MASK: u64 = !0xfff;
-const JUMPS: usize = 4096;
+const JUMPS: usize = 8192;
 
 /// Decoded instructions that may be kept before all are dropped and decoding starts anew.
 const MAX_OPS: usize = 600_000;
@@ -63,6 +65,10 @@ pub(crate) struct Block {
     /// The last instruction's tail lies in the next linear page: nothing may be assumed about it.
     pub crosses: bool,
     checked: u64,
+    /// How often it was interpreted.
+    heat: Cell<u32>,
+    /// Its translation, if it has one.
+    body: OnceCell<Body>,
 }
 
 /// What a cached jump holds for: the context of fetches, the code mode, and how often anything
@@ -74,7 +80,7 @@ impl JumpKey {
     const MODE: u32 = 12;
     const GENERATION: u32 = 14;
     /// No processor's: there is no such mode.
-    const NONE: JumpKey = JumpKey(u64::MAX);
+    pub(crate) const NONE: JumpKey = JumpKey(u64::MAX);
 
     pub(crate) fn new(fetch_context: u64, mode: CodeMode, generation: u64) -> JumpKey {
         JumpKey(fetch_context | (mode as u64) << Self::MODE | generation << Self::GENERATION)
@@ -82,6 +88,12 @@ impl JumpKey {
 
     fn generation(self) -> u64 {
         self.0 >> Self::GENERATION
+    }
+
+    /// What spreads jumps of several address spaces over a cache. Rights make no difference: user
+    /// and supervisor code have other addresses.
+    pub(crate) fn salt(self) -> u64 {
+        (self.0 >> 2 & 0x3ff).wrapping_mul(0x9d7)
     }
 
     /// Whether context and mode are the same.
@@ -109,6 +121,56 @@ struct Page {
     /// Blocks checked before this must be checked again.
     epoch: u64,
     unsettled: Option<Unsettled>,
+    /// What the page's translated code was made from.
+    copy: Option<Box<PageCopy>>,
+}
+
+/// The parts of a page that translated code was made from, as they were then. Chains lead from
+/// one block of the page to another without a look, so all of it is compared at once.
+struct PageCopy {
+    /// 64-byte granules held, as bits.
+    granules: u64,
+    bytes: [[u8; 64]; 64],
+    /// When it was last compared.
+    checked: u64,
+}
+
+impl PageCopy {
+    /// Adds the granules that `len` bytes at `hva` touch.
+    fn add(&mut self, hva: u64, len: u64) {
+        for n in each_bit(granules(hva, len) & !self.granules) {
+            let from = (hva & PAGE_MASK) + 64 * n as u64;
+            // SAFETY: the page of a block's code, which came from a TLB entry; if the memory has
+            // gone, the copy differs from whatever comes there.
+            let _ = unsafe { host::copy_from(from, &mut self.bytes[n]) };
+            self.granules |= 1 << n;
+        }
+    }
+
+    /// Whether the page at `page` still holds this, if it was not compared since `epoch`.
+    fn is_current_since(&mut self, epoch: u64, page: u64) -> bool {
+        if self.checked >= epoch {
+            return true;
+        }
+        let is_current = self.is_current(page);
+        if is_current {
+            self.checked = epoch;
+        }
+        is_current
+    }
+
+    /// Whether the page at `page` still holds this.
+    fn is_current(&self, page: u64) -> bool {
+        each_bit(self.granules).all(|n| {
+            let mut now = [0; 64];
+            // SAFETY: as in `add`.
+            unsafe { host::copy_64(page + 64 * n as u64, &mut now) }.is_ok() && now == self.bytes[n]
+        })
+    }
+}
+
+fn each_bit(set: u64) -> impl Iterator<Item = usize> {
+    (0..64).filter(move |n| set >> n & 1 != 0)
 }
 
 /// Multiplicative hashing: keys are addresses, and lookups are on the way of execution.
@@ -193,14 +255,14 @@ impl CodeCache {
     }
 
     #[inline(always)]
-    fn jump_slot(linear: u64) -> usize {
-        (linear ^ linear >> 12) as usize & (JUMPS - 1)
+    fn jump_slot(linear: u64, key: JumpKey) -> usize {
+        (linear ^ linear >> 12 ^ key.salt()) as usize & (JUMPS - 1)
     }
 
     /// The block last found for this linear address under this key.
     #[inline(always)]
     pub(crate) fn jump(&self, linear: u64, key: JumpKey) -> Option<*const Block> {
-        let jump = &self.jumps[Self::jump_slot(linear)];
+        let jump = &self.jumps[Self::jump_slot(linear, key)];
         (jump.linear == linear && jump.key == key).then_some(jump.block)
     }
 
@@ -223,14 +285,23 @@ impl CodeCache {
         if block.crosses {
             return Some(&raw const **block);
         }
-        if (block.checked < self.epoch.max(page.epoch) || !settled) && !block.is_current() {
-            self.drop_page(hva & PAGE_MASK);
-            return None;
+        let epoch = self.epoch.max(page.epoch);
+        if block.checked < epoch || !settled {
+            let is_current = match &mut page.copy {
+                Some(copy) if block.body.get().is_some() => {
+                    copy.is_current_since(epoch, hva & PAGE_MASK)
+                }
+                _ => block.is_current(),
+            };
+            if !is_current {
+                self.drop_page(hva & PAGE_MASK);
+                return None;
+            }
         }
-        block.checked = self.epoch.max(page.epoch);
+        block.checked = epoch;
         let block: *const Block = &raw const **block;
         if settled {
-            self.jumps[Self::jump_slot(linear)] = Jump { linear, key, block };
+            self.jumps[Self::jump_slot(linear, key)] = Jump { linear, key, block };
         }
         Some(block)
     }
@@ -278,6 +349,8 @@ impl CodeCache {
             bytes: bytes.into(),
             crosses,
             checked: self.epoch.max(page.epoch),
+            heat: Cell::new(0),
+            body: OnceCell::new(),
         });
         let pointer: *const Block = &raw const *block;
         if let Some(old) = self.blocks.insert((hva, mode), block) {
@@ -304,7 +377,7 @@ impl CodeCache {
             self.recheck_from = key.generation();
             return None;
         }
-        let jump = &mut self.jumps[Self::jump_slot(linear)];
+        let jump = &mut self.jumps[Self::jump_slot(linear, key)];
         if jump.linear != linear
             || !jump.key.same_place(key)
             || jump.key.generation() < self.recheck_from
@@ -313,11 +386,44 @@ impl CodeCache {
         }
         // SAFETY: blocks are dropped only by what counts as another change.
         let block = unsafe { &*jump.block };
-        if block.crosses || !block.is_current() {
+        if block.crosses {
+            return None;
+        }
+        let is_current = if block.body.get().is_some() {
+            // Its chains lead anywhere in the page.
+            let page = self.pages.get_mut(&(block.hva & PAGE_MASK));
+            let (epoch, copy) = page.map_or((0, None), |p| (p.epoch, p.copy.as_mut()));
+            let epoch = self.epoch.max(epoch);
+            copy.is_some_and(|copy| copy.is_current_since(epoch, block.hva & PAGE_MASK))
+        } else {
+            block.is_current()
+        };
+        if !is_current {
             return None;
         }
         jump.key = key;
         Some(jump.block)
+    }
+
+    /// Whether no other processor may still write to the block's page unseen.
+    pub(crate) fn is_settled(&mut self, block: &Block) -> bool {
+        let page = self.pages.get_mut(&(block.hva & PAGE_MASK));
+        page.is_some_and(|page| page.unsettled.as_mut().is_none_or(|u| u.is_settled()))
+    }
+
+    /// Translated code is made from `len` bytes at `hva`, which are compared whenever anything of
+    /// their page is.
+    pub(crate) fn depend_on(&mut self, hva: u64, len: u64) {
+        let epoch = self.epoch;
+        let page = self.pages.entry(hva & PAGE_MASK).or_default();
+        let copy = page.copy.get_or_insert_with(|| {
+            Box::new(PageCopy {
+                granules: 0,
+                bytes: [[0; 64]; 64],
+                checked: epoch.max(page.epoch),
+            })
+        });
+        copy.add(hva, len);
     }
 
     /// A page was newly mapped for fetching: check its blocks before their next use.
@@ -357,8 +463,35 @@ impl CodeCache {
 }
 
 impl Block {
+    /// The code it was made from.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// How often it was interpreted.
+    pub(crate) fn heat(&self) -> u32 {
+        self.heat.get()
+    }
+
+    /// It is interpreted once more.
+    pub(crate) fn warm(&self) {
+        self.heat.set(self.heat.get().saturating_add(1));
+    }
+
+    /// Its translation.
+    #[inline(always)]
+    pub(crate) fn body(&self) -> Option<&Body> {
+        self.body.get()
+    }
+
+    /// Gives it its translation.
+    pub(crate) fn set_body(&self, body: Body) {
+        // A block is translated once.
+        let _ = self.body.set(body);
+    }
+
     /// Whether memory still holds the bytes the block was made from.
-    fn is_current(&self) -> bool {
+    pub(crate) fn is_current(&self) -> bool {
         let chunks = self.bytes.chunks_exact(8);
         let tail = chunks.remainder();
         let tail_at = self.hva + (self.bytes.len() - tail.len()) as u64;

@@ -63,6 +63,8 @@ const OWN: &[Feature] = &[
     Feature::LZCNT,
     Feature::CR8_LEGACY,
     Feature::PREFETCHW,
+    // Whoever handles RDMSR of IA32_ARCH_CAPABILITIES says what this processor does not need.
+    Feature::ARCH_CAPABILITIES,
     Feature::SYSCALL,
     Feature::NX,
     Feature::PDPE1GB,

@@ -203,6 +203,19 @@ pub(crate) unsafe fn copy_from(hva: u64, to: &mut [u8]) -> Result<(), HostFault>
     unsafe { copy(to.as_mut_ptr() as u64, hva, to.len()) }
 }
 
+/// Copies 64 bytes from `hva`, eight at a time.
+///
+/// # Safety
+/// As for [`HostInt::load`], for the whole range.
+#[inline]
+pub(crate) unsafe fn copy_64(hva: u64, to: &mut [u8; 64]) -> Result<(), HostFault> {
+    for (chunk, at) in to.chunks_exact_mut(8).zip((hva..).step_by(8)) {
+        // SAFETY: as promised by the caller.
+        chunk.copy_from_slice(&unsafe { u64::load(at) }?.to_le_bytes());
+    }
+    Ok(())
+}
+
 /// Copies `from` to `hva`.
 ///
 /// # Safety

@@ -114,6 +114,11 @@ impl Attention {
             .fetch_and(!request::NOTIFICATION, Ordering::SeqCst);
     }
 
+    /// Address of the word that generated code looks at.
+    pub(crate) fn address(&self) -> u64 {
+        self.flags.as_ptr() as u64
+    }
+
     /// Whether the processor is in guest mode, or soon will be: see
     /// [`Vcpu::rest`](crate::Vcpu::rest).
     pub fn in_guest(&self) -> bool {
@@ -268,7 +273,7 @@ impl Machine {
 }
 
 /// The 64-byte granules of a page that `len` bytes at `hva` touch.
-fn granules(hva: u64, len: u64) -> u64 {
+pub(crate) fn granules(hva: u64, len: u64) -> u64 {
     let first = (hva & 0xfff) >> 6;
     let last = ((hva & 0xfff) + len.max(1) - 1).min(0xfff) >> 6;
     (u64::MAX >> (63 - (last - first))) << first

@@ -16,11 +16,12 @@
 //! translation depends on ([`Space`]); dropping one is forgetting its number. Number 1023 is never
 //! given out, so a tag of all ones matches nothing.
 
+use crate::fast_tlb::FastTlb;
 use crate::walk_cache::WalkCache;
 use std::collections::VecDeque;
 
 /// Entries of the TLB.
-pub(crate) const ENTRIES: usize = 1024;
+pub(crate) const ENTRIES: usize = 4096;
 
 const PAGE_MASK: u64 = !0xfff;
 
@@ -41,7 +42,7 @@ pub(crate) enum Class {
     Slow = 3,
 }
 
-/// One translation. `repr(C)`: generated code reads it.
+/// One translation.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Entry {
@@ -81,13 +82,55 @@ pub(crate) struct Space {
 pub(crate) struct Tlb {
     entries: Box<[Entry; ENTRIES]>,
     info: Box<[Info; ENTRIES]>,
-    /// Live address spaces, most recently used first.
+    /// Of the current address space: [`Tlb::salt_of`].
+    salt: usize,
+    /// Live address spaces, the current one first.
     spaces: VecDeque<(Space, u16)>,
     next: u16,
     /// Caches of the tables that translations are made from, which go with them.
     pub(crate) walks: WalkCache,
-    /// Changes whenever a translation is dropped, so that what was derived from one can be too.
+    /// Changes whenever a translation is dropped that code may have been found by, in a context
+    /// that lives on.
     generation: u64,
+    /// Linear pages, hashed, by whose translation code was found since then.
+    code_pages: [u64; 64],
+    /// Which large pages may have translations here.
+    large: LargePages,
+    /// What generated code looks up by itself.
+    pub(crate) fast: FastTlb,
+}
+
+/// A set that holds at least the large pages that were put in since the last flush.
+#[derive(Clone, Copy, Default)]
+struct LargePages {
+    /// A bit for each hashed 2 MiB or 4 MiB page.
+    medium: [u64; 16],
+    /// A bit for each hashed 1 GiB page.
+    huge: u64,
+}
+
+impl LargePages {
+    fn bit(gva: u64) -> (usize, u64) {
+        let hash = gva >> 21;
+        ((hash >> 6) as usize & 15, 1 << (hash & 63))
+    }
+
+    fn insert(&mut self, gva: u64, shift: u8) {
+        // A 4 MiB page is two of 2 MiB, either of which may be asked for.
+        let first = gva >> shift << shift;
+        for part in [first, first | 1 << 21] {
+            let (word, bit) = Self::bit(part);
+            self.medium[word] |= bit;
+        }
+        if shift > 22 {
+            self.huge |= 1 << (gva >> 30 & 63);
+        }
+    }
+
+    fn may_hold(&self, gva: u64) -> bool {
+        let (word, bit) = Self::bit(gva);
+        self.huge >> (gva >> 30 & 63) & 1 != 0 || self.medium[word] & bit != 0
+    }
 }
 
 /// What only slow paths need of an entry.
@@ -134,41 +177,76 @@ impl Tlb {
             info: vec![NO_INFO; ENTRIES]
                 .try_into()
                 .unwrap_or_else(|_| unreachable!()),
+            salt: 0,
             spaces: VecDeque::with_capacity(SPACES + 1),
             next: 0,
             walks: WalkCache::new(),
             generation: 0,
+            code_pages: [0; 64],
+            large: LargePages::default(),
+            fast: FastTlb::new(),
         }
     }
 
-    /// Changes whenever a translation is dropped.
+    /// Changes whenever a translation is dropped by which code may have been found. (A context
+    /// that is dropped whole needs no such change: its number is not used again.)
     pub(crate) fn generation(&self) -> u64 {
         self.generation
     }
 
-    #[inline(always)]
-    fn slot(gva: u64) -> usize {
-        (gva >> 12) as usize & (ENTRIES - 1)
+    fn code_page(gva: u64) -> (usize, u64) {
+        let page = gva >> 12;
+        ((page >> 6) as usize & 63, 1 << (page & 63))
     }
 
-    /// The entry that would hold the translation of `gva`.
+    /// Code is found by the translation of `gva`, and remembered.
+    pub(crate) fn note_code(&mut self, gva: u64) {
+        let (word, bit) = Self::code_page(gva);
+        self.code_pages[word] |= bit;
+    }
+
+    fn forget_code(&mut self) {
+        self.code_pages = [0; 64];
+        self.generation += 1;
+    }
+
+    /// What spreads the translations of one page in several address spaces over the TLB.
+    fn salt_of(number: u64) -> usize {
+        number.wrapping_mul(0x9d7) as usize
+    }
+
+    #[inline(always)]
+    fn slot_with(salt: usize, gva: u64) -> usize {
+        ((gva >> 12) as usize ^ salt) & (ENTRIES - 1)
+    }
+
+    /// The slot of `gva` in the current address space.
+    #[inline(always)]
+    fn slot(&self, gva: u64) -> usize {
+        Self::slot_with(self.salt, gva)
+    }
+
+    /// The entry that would hold the translation of `gva` in the current address space.
     #[inline(always)]
     pub(crate) fn entry(&self, gva: u64) -> &Entry {
-        &self.entries[Self::slot(gva)]
+        &self.entries[self.slot(gva)]
     }
 
     /// The tag for writes to the page of `gva` that must tell the code cache.
     pub(crate) fn guarded(&self, gva: u64) -> u64 {
-        self.info[Self::slot(gva)].guarded
+        self.info[self.slot(gva)].guarded
     }
 
-    /// The part of the context bits that says which space; the rest is the class.
+    /// The part of the context bits that says which space; the rest is the class. The space
+    /// becomes the current one.
     #[inline]
     pub(crate) fn space_bits(&mut self, space: &Space) -> u64 {
-        match self.spaces.front() {
-            Some((last, number)) if last == space => u64::from(*number) << 2,
-            _ => self.number(*space) << 2,
-        }
+        let number = match self.spaces.front() {
+            Some((last, number)) if last == space => u64::from(*number),
+            _ => self.number(*space),
+        };
+        self.salt = Self::salt_of(number);
+        number << 2
     }
 
     /// The number of `space`, which stands for it until it is dropped.
@@ -180,7 +258,7 @@ impl Tlb {
             return self.spaces[0].1.into();
         }
         if self.next > LAST_NUMBER {
-            self.flush();
+            self.clear();
         }
         let number = self.next;
         self.next += 1;
@@ -189,9 +267,9 @@ impl Tlb {
         number.into()
     }
 
-    /// Puts a translation in.
+    /// Puts a translation in, for a context of the current address space.
     pub(crate) fn fill(&mut self, context: u64, fill: &Fill) {
-        let slot = Self::slot(fill.gva);
+        let slot = self.slot(fill.gva);
         let tag = fill.gva & PAGE_MASK | context;
         let pick = |allowed| if allowed { tag } else { NO_TAG };
         let addend = fill.hva.wrapping_sub(fill.gva);
@@ -222,45 +300,81 @@ impl Tlb {
             guarded,
             shift: fill.shift,
         };
+        if fill.shift > 12 {
+            self.large.insert(fill.gva, fill.shift);
+        }
     }
 
-    /// Drops everything.
+    /// Lets generated code find what is known of the page of `gva` in `context`. Returns whether
+    /// the table of `context` moved.
+    pub(crate) fn promote(&mut self, context: u64, gva: u64) -> bool {
+        let entry = self.entries[self.slot(gva)];
+        let tag = gva & PAGE_MASK | context;
+        let (read, write) = (entry.read == tag, entry.write == tag);
+        if !read && !write {
+            return false;
+        }
+        let hva = gva.wrapping_add(entry.addend);
+        self.fast.fill(context, gva, hva, read, write)
+    }
+
+    /// Drops everything. The contexts of all address spaces are new ones afterwards.
     pub(crate) fn flush(&mut self) {
+        self.spaces.clear();
+        self.walks.flush();
+    }
+
+    /// Drops everything and starts to count address spaces anew.
+    fn clear(&mut self) {
         self.entries.fill(INVALID);
         self.info.fill(NO_INFO);
-        self.spaces.clear();
+        self.large = LargePages::default();
+        self.fast.clear();
         self.next = 0;
-        self.walks.flush();
-        self.generation += 1;
+        self.forget_code();
+        self.flush();
     }
 
     /// Drops the address spaces that `which` picks, global pages included.
     pub(crate) fn flush_spaces(&mut self, which: impl Fn(&Space) -> bool) {
         self.spaces.retain(|(space, _)| !which(space));
-        self.generation += 1;
     }
 
     /// Drops the translations of the page that holds `gva`, of every size and in every address
     /// space (the architecture lets more be dropped than asked), and all paging-structure caches.
     pub(crate) fn flush_page(&mut self, gva: u64) {
         self.walks.flush();
-        for slot in 0..ENTRIES {
-            let info = self.info[slot];
-            // A 4 KiB translation can only be in its own slot.
-            if info.shift <= 12 && slot != Self::slot(gva) {
-                continue;
+        if !self.large.may_hold(gva) {
+            let (word, bit) = Self::code_page(gva);
+            if self.code_pages[word] & bit != 0 {
+                self.forget_code();
             }
-            let entry = &mut self.entries[slot];
-            let shift = info.shift.max(12);
-            if [entry.read, entry.write, entry.fetch, info.guarded]
-                .iter()
-                .any(|&tag| tag != NO_TAG && (tag ^ gva) >> shift == 0)
-            {
-                *entry = INVALID;
-                self.info[slot] = NO_INFO;
+            for n in 0..self.spaces.len() {
+                let salt = Self::salt_of(self.spaces[n].1.into());
+                self.drop_if_translates(Self::slot_with(salt, gva), gva);
             }
+            self.fast.drop_page(gva);
+            return;
         }
-        self.generation += 1;
+        self.forget_code();
+        for slot in 0..ENTRIES {
+            self.drop_if_translates(slot, gva);
+        }
+        self.fast.clear();
+    }
+
+    /// Drops the entry in `slot` if its page, of whatever size, holds `gva`.
+    fn drop_if_translates(&mut self, slot: usize, gva: u64) {
+        let info = self.info[slot];
+        let entry = &mut self.entries[slot];
+        let shift = info.shift.max(12);
+        if [entry.read, entry.write, entry.fetch, info.guarded]
+            .iter()
+            .any(|&tag| tag != NO_TAG && (tag ^ gva) >> shift == 0)
+        {
+            *entry = INVALID;
+            self.info[slot] = NO_INFO;
+        }
     }
 
     /// Forbids all fast writes until the entries are filled anew.
@@ -279,6 +393,7 @@ impl Tlb {
                 entry.write = NO_TAG;
             }
         }
+        self.fast.revoke_writes(hva_page);
     }
 }
 

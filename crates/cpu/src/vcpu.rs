@@ -8,6 +8,7 @@ use crate::op::Stop;
 use crate::second_stage::SecondStage;
 use crate::state::CpuState;
 use crate::tlb::{Class, Space, Tlb};
+use crate::translator::{Engine, Hot, Translator};
 use crate::vector::Stubs;
 use arch::control_registers::{Cr0, Cr4, Dr7, Efer, Rflags};
 use arch::controls::Eptp;
@@ -134,6 +135,10 @@ pub struct Statistics {
     pub blocks_decoded: u64,
     /// Instructions decoded.
     pub instructions_decoded: u64,
+    /// Blocks translated to host code.
+    pub blocks_translated: u64,
+    /// Bytes of host code made.
+    pub bytes_translated: u64,
     /// Block lookups that the jump cache could not answer.
     pub block_lookups: u64,
     /// Entries to guest mode.
@@ -164,6 +169,9 @@ pub struct Vcpu {
     /// Guest state. Outside [`Vcpu::enter`] it may be changed freely; the next entry looks at all
     /// of it again.
     pub state: CpuState,
+    /// What generated code touches besides.
+    pub(crate) hot: Hot,
+    pub(crate) translator: Option<Box<Translator>>,
     /// Low bits of the TLB tags that data accesses match now.
     pub(crate) context: u64,
     /// Low bits of the TLB tags that fetches match now.
@@ -296,8 +304,10 @@ impl Vcpu {
             has_1g_pages: true,
             has_pse36: true,
         };
-        Ok(Box::new(Vcpu {
+        let mut cpu = Box::new(Vcpu {
             state,
+            hot: Hot::default(),
+            translator: None,
             context: 0,
             fetch_context: 0,
             jump_key: JumpKey::new(0, CodeMode::Bits16, 0),
@@ -346,7 +356,9 @@ impl Vcpu {
             contexts_updated: false,
             current: core::ptr::null(),
             statistics: Statistics::default(),
-        }))
+        });
+        cpu.set_engine(Engine::from_environment());
+        Ok(cpu)
     }
 
     /// The handle by which other threads interrupt this processor.
@@ -588,6 +600,7 @@ impl Vcpu {
             let block = unsafe { &*self.current };
             block.make_stale(crate::execute::stale);
             self.code.drop_page(block.hva & !0xfff);
+            self.hot.leave = true;
             self.update_jump_key();
         }
     }
@@ -738,6 +751,7 @@ impl Vcpu {
         } else {
             context
         };
+        self.select_table();
         self.update_jump_key();
     }
 
@@ -760,6 +774,7 @@ impl Vcpu {
     pub(crate) fn update_jump_key(&mut self) {
         let generation = self.tlb.generation() + self.code.generation();
         self.jump_key = JumpKey::new(self.fetch_context, self.code_mode, generation);
+        self.hot.jump_salt = self.jump_key.salt();
     }
 
     /// Loads a segment register's hidden part as given.

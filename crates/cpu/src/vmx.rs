@@ -4,29 +4,15 @@ use crate::controls::Controls;
 use crate::entry_checks;
 use crate::event::Event;
 use crate::op::Stop;
-use crate::second_stage::StageAccess;
 use crate::state::CoreState;
 use crate::vcpu::{Bus, Cause, Emulated, MmioHint, Observer, Vcpu};
-use arch::addr::Gva;
 use arch::control_registers::Rflags;
 use arch::controls::{
     Activity, Eptp, Interruptibility, PinControls, PrimaryControls, SecondaryControls,
 };
 use arch::exit::{ExitReason, VmExit};
 use arch::interruption::InterruptionType;
-use arch::paging::{Access, Privilege, Rights, Translation};
 use std::ptr::NonNull;
-
-/// A linear address that [`Vcpu::translate`] translated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Translated {
-    /// Guest-physical address.
-    pub gpa: u64,
-    /// The guest's tables allow writes.
-    pub writable: bool,
-    /// The guest's tables allow user-mode accesses.
-    pub user: bool,
-}
 
 impl Vcpu {
     /// VM entry: injects the event that the controls name and runs the guest until it exits.
@@ -303,88 +289,5 @@ impl Vcpu {
         if self.contexts_updated {
             self.update_mode();
         }
-    }
-
-    /// Translates a linear address through the guest's own tables, as a supervisor read would,
-    /// setting no accessed or dirty bits that are not set already being no promise.
-    pub fn translate(&mut self, controls: &Controls, gva: u64) -> Option<Translated> {
-        self.with_controls(controls, |cpu| {
-            cpu.prepare();
-            if cpu.long_mode && !cpu.is_canonical(gva) {
-                return None;
-            }
-            let found = cpu.translate_quietly(gva)?;
-            Some(Translated {
-                gpa: found.gpa.get(),
-                writable: found.rights.contains(Rights::WRITABLE),
-                user: found.rights.contains(Rights::USER),
-            })
-        })
-    }
-
-    /// The bytes at RIP that can be fetched, up to 15, and how many they are.
-    pub fn instruction_bytes(&mut self, controls: &Controls) -> ([u8; 15], usize) {
-        self.with_controls(controls, |cpu| {
-            cpu.prepare();
-            let mut bytes = [0; 15];
-            let mut linear = cpu.state.rip.wrapping_add(cpu.state.segment_bases[1]);
-            if !cpu.long64 {
-                linear &= 0xffff_ffff;
-            }
-            let mut read = 0;
-            while read < bytes.len() {
-                match cpu.fetch_bytes(linear.wrapping_add(read as u64), &mut bytes[read..]) {
-                    Ok(more) => read += more,
-                    Err(Stop) => break,
-                }
-            }
-            cpu.cause = Cause::None;
-            cpu.host_fault_gpa = None;
-            (bytes, read)
-        })
-    }
-
-    /// Reads guest memory at a linear address with supervisor rights and no side effect on the
-    /// guest beyond accessed bits; how many bytes could be read.
-    pub fn read_linear(&mut self, controls: &Controls, gva: u64, bytes: &mut [u8]) -> usize {
-        self.with_controls(controls, |cpu| {
-            cpu.prepare();
-            let mut read = 0;
-            while read < bytes.len() {
-                let at = gva.wrapping_add(read as u64);
-                let part = (bytes.len() - read).min(0x1000 - (at & 0xfff) as usize);
-                let to = &mut bytes[read..read + part];
-                let Some(found) = cpu.translate_quietly(at) else {
-                    break;
-                };
-                let Ok(mapped) = cpu
-                    .second_stage
-                    .translate(found.gpa.get(), StageAccess::Read)
-                else {
-                    break;
-                };
-                // SAFETY: the second stage maps nothing but memory given to the guest.
-                if unsafe { crate::host::copy_from(mapped.hva, to) }.is_err() {
-                    break;
-                }
-                read += part;
-            }
-            read
-        })
-    }
-
-    /// A supervisor read's walk of the guest's tables, whose failure concerns nobody.
-    fn translate_quietly(&mut self, gva: u64) -> Option<Translation> {
-        let root = self.guest_root();
-        let paging = self.paging;
-        // With EFLAGS.AC assumed, SMAP forbids nothing.
-        let privilege = Privilege {
-            alignment_check: true,
-            ..Privilege::default()
-        };
-        let (gva, access) = (Gva::new(gva), Access::empty());
-        paging
-            .translate(&mut self.second_stage, &root, gva, access, &privilege)
-            .ok()
     }
 }

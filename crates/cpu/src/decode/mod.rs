@@ -24,7 +24,7 @@ use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpK
 use std::cell::Cell;
 
 /// Instructions in a block at the most.
-const MAX_INSTRUCTIONS: u32 = 64;
+pub(crate) const MAX_INSTRUCTIONS: u32 = 64;
 
 /// A decoded run of instructions.
 pub(crate) struct Decoded {
@@ -162,6 +162,58 @@ pub(crate) fn block(
         instructions,
         accesses: accessed,
     }
+}
+
+/// An instruction of a block, apart from its neighbours.
+pub(crate) struct Unfused {
+    pub instruction: Instruction,
+    pub op: Op,
+    /// It is an instruction, and CPUID offers it.
+    pub is_known: bool,
+}
+
+/// Decodes the bytes of a whole block again, without fusing instructions.
+pub(crate) fn unfused(
+    bytes: &[u8],
+    offset: u64,
+    mode: CodeMode,
+    features: &Features,
+    stubs: &Stubs,
+) -> Vec<Unfused> {
+    let mut all: Vec<Unfused> = peek(bytes, offset, mode, features).collect();
+    for one in &mut all {
+        let at = u64::from(one.op.offset) - offset;
+        let bytes = &bytes[at as usize..][..one.op.len.into()];
+        let offset = one.op.offset.into();
+        (one.op, _) = translate(&one.instruction, bytes, offset, mode, features, stubs);
+    }
+    all
+}
+
+/// Decodes instructions without choosing what executes them.
+pub(crate) fn peek<'a>(
+    bytes: &'a [u8],
+    offset: u64,
+    mode: CodeMode,
+    features: &'a Features,
+) -> impl Iterator<Item = Unfused> + use<'a> {
+    let mut decoder = decoder(bytes, offset, mode, features);
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        if at >= bytes.len() {
+            return None;
+        }
+        let instruction = decoder.decode();
+        let end = decoder.position();
+        let op = new_op(offset + at as u64, end - at, control::undefined);
+        at = end;
+        let is_known = !instruction.is_invalid() && offered::is_offered(&instruction, features);
+        Some(Unfused {
+            instruction,
+            op,
+            is_known,
+        })
+    })
 }
 
 /// Decodes one instruction, whose bytes may reach into the next page.

@@ -22,10 +22,13 @@ const TIMER_GRANULE: i64 = 2_000;
 impl Vcpu {
     /// Runs guest code until something exits.
     pub(crate) fn run(&mut self) -> VmExit {
+        self.hot.link = 0;
         loop {
             // Until nothing is asked for: an instruction that was stepped may have opened a window
             // or left a trap pending.
             while self.attention.flags.load(Ordering::Relaxed) != 0 {
+                // What comes next need not be where generated code wanted to go.
+                self.hot.link = 0;
                 if let Some(exit) = self.attend() {
                     return exit;
                 }
@@ -43,11 +46,38 @@ impl Vcpu {
         }
     }
 
-    /// Executes a block to its end.
+    /// Executes a block to its end, by its translation if it has one; then perhaps others.
     #[inline(always)]
     fn execute(&mut self, block: *const Block) -> Option<VmExit> {
         // SAFETY: `block` was just found; blocks are freed only by a later lookup.
         let block = unsafe { &*block };
+        if let Some(entry) = self.translation_of(block) {
+            return self.execute_host(block, entry);
+        }
+        self.hot.link = 0;
+        block.warm();
+        self.interpret(block)
+    }
+
+    /// Executes translated code from `block` on.
+    #[inline(always)]
+    fn execute_host(&mut self, block: &Block, entry: u64) -> Option<VmExit> {
+        self.connect(block, self.linear_rip(self.state.rip));
+        self.current = block;
+        if self.execute_translated(entry) {
+            self.hot.link = 0;
+            return self.stopped();
+        }
+        // A block is not begun if the countdown would run out in it.
+        if self.countdown < i64::from(decode::MAX_INSTRUCTIONS) {
+            return self.look_at_clock();
+        }
+        None
+    }
+
+    /// Executes a block's ops.
+    #[inline(always)]
+    fn interpret(&mut self, block: &Block) -> Option<VmExit> {
         self.countdown -= i64::from(block.instructions);
         self.statistics.tlb_lookups += u64::from(block.accesses);
         if self.countdown < 0
@@ -67,6 +97,9 @@ impl Vcpu {
                 }
                 Flow::Branch => return None,
                 Flow::Stop => {
+                    // SAFETY: both point into the block's ops.
+                    let executed = unsafe { op.offset_from(block.ops.as_ptr()) } as i64;
+                    self.countdown += i64::from(block.instructions) - executed;
                     self.state.rip = self.rip_of(current);
                     return self.stopped();
                 }
@@ -118,6 +151,7 @@ impl Vcpu {
             self.check_code_limit(rip, 1)?;
         }
         let hva = self.fetch_address(linear)?;
+        self.tlb.note_code(linear);
         if let Some(found) = self.code.find(hva, self.code_mode, linear, self.jump_key) {
             // SAFETY: just found.
             let block = unsafe { &*found };
@@ -191,8 +225,12 @@ impl Vcpu {
             if again != bytes {
                 continue;
             }
-            // The page had no code before: fast writes of this processor's own must go.
-            self.tlb.revoke_writes(hva & !0xfff);
+            // If the page had no code before, fast writes of this processor's own must go: it is
+            // the first to know of the code, or another has asked for it.
+            let asked = self.attention.flags.load(Ordering::SeqCst) & request::QUEUE != 0;
+            if unsettled.is_some() || asked {
+                self.tlb.revoke_writes(hva & !0xfff);
+            }
             self.statistics.blocks_decoded += 1;
             self.statistics.instructions_decoded += u64::from(decoded.instructions);
             let block = self

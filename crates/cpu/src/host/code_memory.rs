@@ -212,6 +212,11 @@ impl CodeMemory {
         })
     }
 
+    /// Where the next piece of code will lie, if there is room for it.
+    pub(crate) fn next_address(&self) -> u64 {
+        self.executable + self.used as u64
+    }
+
     /// Whether a piece of `len` bytes can be added.
     pub(crate) fn has_room(&self, len: usize) -> bool {
         len <= self.size - self.used
