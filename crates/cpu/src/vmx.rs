@@ -136,7 +136,8 @@ impl Vcpu {
         {
             self.state.pending_debug = 0;
         }
-        self.take_event(event).err()
+        let exit = self.take_event(event).err();
+        exit.or_else(|| self.monitor_trap())
     }
 
     /// Executes the one instruction at RIP, sending accesses to guest-physical memory that EPT

@@ -14,6 +14,8 @@ mod exits;
 mod guest;
 #[path = "system/modes.rs"]
 mod modes;
+#[path = "system/monitor_trap.rs"]
+mod monitor_trap;
 #[path = "system/paging.rs"]
 mod paging;
 #[path = "system/reasons.rs"]

@@ -185,3 +185,37 @@ fn a_single_step_behind_mov_ss_strikes_once() {
         assert_eq!(at, expected, "{instruction:02x?}");
     }
 }
+
+/// A step during which an event is delivered ends at the first instruction of its handler.
+#[test]
+fn a_step_into_an_event_ends_before_its_handler() {
+    type Raise = fn(&mut Machine);
+    let cases: [(u8, Raise); 3] = [
+        (0x61, |machine| machine.vcpu().interrupt(0x61).unwrap()),
+        (2, |machine| machine.vcpu().nmi().unwrap()),
+        // RDMSR of an MSR that there is not, which KVM finds out.
+        (13, |_| {}),
+    ];
+    for (vector, raise) in cases {
+        let code = assemble(|a| {
+            a.mov(ecx, 0x7777_7777)?;
+            a.sti()?;
+            a.nop()?;
+            a.rdmsr()?;
+            stop(a)
+        });
+        let mut machine = Machine::new(Irqchip::None, 1, &code);
+        machine.gate(vector, 0x3000);
+        machine.code_at(0x3000, |a| {
+            a.nop()?;
+            stop(a)
+        });
+        debug(&mut machine, KVM_GUESTDBG_SINGLESTEP, [0; 8]);
+        for _ in 0..3 {
+            assert_eq!(stopped(&mut machine).pc >> 12, 1);
+        }
+        raise(&mut machine);
+        assert_eq!(stopped(&mut machine).pc, 0x3000, "{vector:#x}");
+        assert_eq!(stopped(&mut machine).pc, 0x3001, "{vector:#x}");
+    }
+}

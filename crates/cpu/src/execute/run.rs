@@ -402,7 +402,7 @@ impl Vcpu {
             Ok(true) => {
                 // The delivery may have raised the next event, which comes before the handler.
                 self.request_own();
-                return None;
+                return self.monitor_trap();
             }
             Err(exit) => return Some(exit),
         }
@@ -538,12 +538,13 @@ impl Vcpu {
                     error_code: None,
                     address: hits,
                 };
-                return self.take_exception(fault).err();
+                let exit = self.take_exception(fault).err();
+                return exit.or_else(|| self.monitor_trap());
             }
         }
         let block = match self.block() {
             Ok(block) => block,
-            Err(Stop) => return self.stopped(),
+            Err(Stop) => return self.stopped().or_else(|| self.monitor_trap()),
         };
         // SAFETY: just found.
         let block = unsafe { &*block };
@@ -570,6 +571,12 @@ impl Vcpu {
         if let Some(exit) = self.exit_behind_instruction() {
             return Some(exit);
         }
+        self.monitor_trap()
+    }
+
+    /// The exit that the monitor trap flag asks for at the boundary behind an instruction, or behind
+    /// the delivery of an event, which stands for one.
+    pub(crate) fn monitor_trap(&self) -> Option<VmExit> {
         let trap = self.primary(PrimaryControls::MONITOR_TRAP_FLAG);
         trap.then(|| VmExit::new(ExitReason::MonitorTrapFlag))
     }
