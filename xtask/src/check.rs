@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::Instant;
 
-use crate::{Outcome, licences};
+use crate::{Outcome, licences, test};
 
 /// A step's name and what it does.
 type Step = (&'static str, fn() -> Outcome);
@@ -25,19 +25,16 @@ const STEPS: [Step; 8] = [
         )
     }),
     ("tests on kvm-ioctls", on_kvm_ioctls),
-    ("tests", || nextest(&["--workspace"], &[])),
+    ("tests", || test::run(&[])),
     ("models", || {
-        nextest(
-            &[
-                "-p",
-                "eptide-mmu",
-                "--features",
-                "model",
-                "--test",
-                "models",
-            ],
-            &[],
-        )
+        test::run(&[
+            "-p",
+            "eptide-mmu",
+            "--features",
+            "model",
+            "--test",
+            "models",
+        ])
     }),
     ("doctests", || {
         cargo(&["test", "--workspace", "--doc", "--quiet"], &[])
@@ -78,17 +75,6 @@ pub(crate) fn run(names: &[&str]) -> Outcome {
     Ok(())
 }
 
-/// `cargo nextest run`; with `--workspace` it is the README's test command.
-fn nextest(arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {
-    let found = Command::new("cargo")
-        .args(["nextest", "--version"])
-        .output();
-    if !found.is_ok_and(|output| output.status.success()) {
-        return Err("cargo-nextest is missing: cargo install --locked cargo-nextest".into());
-    }
-    cargo(&[&["nextest", "run"], arguments].concat(), environment)
-}
-
 /// The tests of the KVM API once more, as a program for `/dev/kvm` that has the preload library.
 fn on_kvm_ioctls() -> Outcome {
     const RUNNER: &str = "CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER";
@@ -101,7 +87,7 @@ fn on_kvm_ioctls() -> Outcome {
     let own = std::env::current_exe().map_err(|error| error.to_string())?;
     let library = own.with_file_name("libeptide_preload.so");
     let runner = format!("env LD_PRELOAD={}", library.display());
-    nextest(&program, &[(RUNNER, &runner)])
+    test::with_environment(&program, &[(RUNNER, &runner)])
 }
 
 pub(crate) fn cargo(arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {

@@ -5,6 +5,7 @@ mod compare;
 mod fetch;
 mod licences;
 mod selftests;
+mod test;
 
 use std::process::ExitCode;
 
@@ -32,7 +33,9 @@ usage: cargo xtask <chore>
   fetch --refresh …   the current version, even if the cache has one
   licences            the licences of all dependencies
   selftests [name…]   Linux's own tests of KVM on the preload library (all, or those whose
-                      command holds a name); needs gcc, make and 2 GB in the cache folder";
+                      command holds a name); needs gcc, make and 2 GB in the cache folder
+  test [switch…]      the tests, by cargo nextest if it is installed, else by cargo test; the
+                      switches are theirs (-p eptide-mmu, --test faults, part of a test's name)";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         ["fetch", packages @ ..] => fetch::run(packages, false),
         ["selftests", names @ ..] => selftests::run(names),
         ["licences"] => licences::run(),
+        ["test", switches @ ..] => test::run(switches),
         _ => Err(USAGE.into()),
     };
     match outcome {
