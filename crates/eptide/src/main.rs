@@ -7,29 +7,37 @@ mod initramfs;
 mod machine;
 mod report;
 mod terminal;
+mod watch;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
-use cli::{Cli, Command};
+use cli::Command;
+use machine::outcome::Speaker;
 
 fn main() -> ExitCode {
     terminal::install_hooks();
-    let result: Result<_, Box<dyn std::error::Error>> = match Cli::parse().command {
-        Command::Demo(args) => commands::demo::run(&args).map_err(Into::into),
-        Command::Doctor => commands::doctor::run().map_err(Into::into),
-        Command::Exec(args) => commands::exec::run(&args)
-            .map(|never| match never {})
-            .map_err(Into::into),
-        Command::Run(args) => commands::run::run(&args).map_err(Into::into),
+    let command = cli::parse().command;
+    let speaker = match &command {
+        Command::Run(args) => args.command.speaker(),
+        Command::Demo(args) => args.command.speaker(),
+        Command::Doctor | Command::Exec(_) => Speaker::Machine,
     };
-    match result {
-        Ok(outcome) => ExitCode::from(outcome.exit_code()),
+    match run(&command) {
+        Ok(status) => ExitCode::from(status),
         Err(error) => {
             terminal::restore();
             eprintln!("eptide: {error}");
-            ExitCode::FAILURE
+            ExitCode::from(speaker.error())
         }
     }
+}
+
+/// Does what was asked; the exit status.
+fn run(command: &Command) -> Result<u8, Box<dyn std::error::Error>> {
+    Ok(match command {
+        Command::Demo(args) => commands::demo::run(args)?,
+        Command::Doctor => commands::doctor::run().map(|()| 0)?,
+        Command::Exec(args) => match commands::exec::run(args)? {},
+        Command::Run(args) => commands::run::run(args)?,
+    })
 }

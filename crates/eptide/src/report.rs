@@ -1,90 +1,17 @@
-//! What happened: milestones seen on the console and the counters at the end.
+//! What happened: times and counters, as text and as JSON.
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{self, Write};
-use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// Linux prints this when it starts the first user program.
-const INIT_MARKER: &[u8] = b"Run /init as init process";
-
-/// Times of what the console showed.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Milestones(Arc<Times>);
-
-#[derive(Debug, Default)]
-struct Times {
-    start: OnceLock<Instant>,
-    init: OnceLock<Instant>,
-}
-
-impl Milestones {
-    /// The first instruction is about to run.
-    pub(crate) fn start(&self) {
-        let _ = self.0.start.set(Instant::now());
-    }
-
-    fn init_reached(&self) {
-        let _ = self.0.init.set(Instant::now());
-    }
-
-    /// From the first instruction to the first user program.
-    pub(crate) fn time_to_init(&self) -> Option<Duration> {
-        Some(self.0.init.get()?.duration_since(*self.0.start.get()?))
-    }
-}
-
-/// A console's output on its way to the terminal.
-pub(crate) struct Tap<W> {
-    output: W,
-    milestones: Milestones,
-    matched: usize,
-}
-
-impl<W: Write> Tap<W> {
-    /// Passes everything on to `output` and notes milestones.
-    pub(crate) fn new(output: W, milestones: Milestones) -> Self {
-        Self {
-            output,
-            milestones,
-            matched: 0,
-        }
-    }
-
-    fn watch(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            // The marker's first letter occurs nowhere else in it, so a mismatch can only
-            // restart the match at this byte.
-            self.matched = match *byte {
-                byte if byte == INIT_MARKER[self.matched] => self.matched + 1,
-                byte => usize::from(byte == INIT_MARKER[0]),
-            };
-            if self.matched == INIT_MARKER.len() {
-                self.milestones.init_reached();
-                self.matched = 0;
-            }
-        }
-    }
-}
-
-impl<W: Write> Write for Tap<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.watch(bytes);
-        self.output.write_all(bytes)?;
-        // Guest output has no line discipline of its own: a prompt must appear without a newline.
-        self.output.flush()?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.output.flush()
-    }
-}
+use serde_json::{Value, json};
 
 /// Counters of the KVM implementation. What it does not count is `None` and is not shown.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Statistics {
+    /// Time that processors ran: the guest's code and what KVM did for it, without waiting. With
+    /// several processors it is the sum of theirs.
+    pub(crate) busy: Duration,
     /// Guest instructions retired.
     pub(crate) instructions: Option<u64>,
     /// Exits from the guest by basic exit reason.
@@ -136,6 +63,7 @@ pub(crate) struct Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "what happened (docs/running.md explains the lines)")?;
         let mut line = |name: &str, value: &dyn fmt::Display| writeln!(f, "  {name:<28} {value}");
         if let Some(time) = self.time_to_init {
             line("time to init", &format_args!("{:.2} s", time.as_secs_f64()))?;
@@ -144,13 +72,15 @@ impl fmt::Display for Report {
             "time in all",
             &format_args!("{:.2} s", self.elapsed.as_secs_f64()),
         )?;
+        line(
+            "processors ran for",
+            &format_args!("{:.2} s", self.statistics.busy.as_secs_f64()),
+        )?;
         let statistics = &self.statistics;
         if let Some(count) = statistics.instructions {
-            let rate = count as f64 / self.elapsed.as_secs_f64().max(1e-9) / 1e6;
-            line(
-                "instructions",
-                &format_args!("{} ({rate:.1} million/s)", Grouped(count)),
-            )?;
+            let rate = count as f64 / self.statistics.busy.as_secs_f64().max(1e-9) / 1e6;
+            let rate = format_args!("{} ({rate:.1} million a second of that)", Grouped(count));
+            line("instructions", &rate)?;
         }
         let counters = [
             ("EPT violations", statistics.ept_violations),
@@ -183,6 +113,35 @@ impl fmt::Display for Report {
     }
 }
 
+impl Report {
+    /// The same as [`Display`](fmt::Display) says, for programs: times in seconds, and what was not
+    /// counted is `null`.
+    pub(crate) fn json(&self, status: u8) -> Value {
+        let statistics = &self.statistics;
+        let rate = |rate: Option<HitRate>| {
+            rate.map(|HitRate { hits, misses }| json!({ "hits": hits, "misses": misses }))
+        };
+        let user: serde_json::Map<String, Value> = self
+            .user_exits
+            .iter()
+            .map(|(reason, count)| ((*reason).to_owned(), json!(count)))
+            .collect();
+        json!({
+            "exit_status": status,
+            "time_to_init": self.time_to_init.map(|time| time.as_secs_f64()),
+            "time": self.elapsed.as_secs_f64(),
+            "processor_time": self.statistics.busy.as_secs_f64(),
+            "instructions": statistics.instructions,
+            "ept_violations": statistics.ept_violations,
+            "ept_misconfigurations": statistics.ept_misconfigurations,
+            "mmio_cache": rate(statistics.mmio_cache),
+            "tlb": rate(statistics.tlb),
+            "exits": statistics.exits,
+            "exits_to_user_space": user,
+        })
+    }
+}
+
 /// A number with its thousands kept apart.
 struct Grouped(u64);
 
@@ -205,18 +164,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_init_marker_is_found_across_writes() {
-        let milestones = Milestones::default();
-        milestones.start();
-        let mut tap = Tap::new(Vec::new(), milestones.clone());
-        tap.write_all(b"[    1.0] RunRun /in").unwrap();
-        assert_eq!(milestones.time_to_init(), None);
-        tap.write_all(b"it as init process\r\n").unwrap();
-        assert!(milestones.time_to_init().is_some());
-        assert!(tap.output.ends_with(b"process\r\n"));
-    }
-
-    #[test]
     fn numbers_and_rates_read_well() {
         assert_eq!(Grouped(1_234_567).to_string(), "1 234 567");
         assert_eq!(Grouped(12).to_string(), "12");
@@ -232,18 +179,26 @@ mod tests {
     #[test]
     fn the_report_shows_only_what_was_counted() {
         let statistics = Statistics {
+            busy: Duration::from_secs(2),
             instructions: Some(2_000_000),
             exits: BTreeMap::from([("Hlt", 3), ("Cpuid", 0)]),
             ..Default::default()
         };
         let report = Report {
-            elapsed: Duration::from_secs(2),
+            elapsed: Duration::from_secs(20),
             time_to_init: None,
             user_exits: vec![("MMIO", 1)],
             statistics,
         };
         let text = report.to_string();
-        assert!(text.contains("2 000 000 (1.0 million/s)") && text.contains("exits: Hlt"));
+        assert!(text.contains("2 000 000 (1.0 million a second") && text.contains("exits: Hlt"));
         assert!(!text.contains("Cpuid") && !text.contains("EPT") && !text.contains("init"));
+
+        let json = report.json(3);
+        assert_eq!(json["exit_status"], 3);
+        assert_eq!(json["instructions"], 2_000_000);
+        assert_eq!(json["exits"]["Hlt"], 3);
+        assert_eq!(json["exits_to_user_space"]["MMIO"], 1);
+        assert!(json["tlb"].is_null() && json["time_to_init"].is_null());
     }
 }

@@ -27,13 +27,17 @@ pub(crate) enum Input {
     Background,
     /// A file or a pipe.
     Stream,
+    /// Nothing that could be read, such as `/dev/null`.
+    Nothing,
 }
 
 impl Input {
     /// What a person should know who gets no terminal.
     pub(crate) fn remark(self) -> Option<&'static str> {
         match self {
-            Self::Terminal => None,
+            Self::Terminal | Self::Nothing => None,
+            // Where nobody watches, nobody would try to type.
+            Self::Stream if !io::stderr().is_terminal() => None,
             Self::Background => Some(
                 "the terminal belongs to another job: the guest's console takes no input; \
                  end it with a signal",
@@ -49,13 +53,27 @@ impl Input {
 /// Looks at standard input.
 pub(crate) fn input() -> Input {
     if !io::stdin().is_terminal() {
-        return Input::Stream;
+        return match is_null() {
+            true => Input::Nothing,
+            false => Input::Stream,
+        };
     }
     // SAFETY: both calls take and return plain numbers.
     match unsafe { libc::tcgetpgrp(libc::STDIN_FILENO) == libc::getpgrp() } {
         true => Input::Terminal,
         false => Input::Background,
     }
+}
+
+/// Whether standard input is closed or `/dev/null`.
+fn is_null() -> bool {
+    let Ok(input) = rustix::fs::fstat(io::stdin()) else {
+        return true;
+    };
+    rustix::fs::stat("/dev/null").is_ok_and(|null| {
+        (null.st_dev, null.st_ino) == (input.st_dev, input.st_ino)
+            || (input.st_rdev != 0 && null.st_rdev == input.st_rdev)
+    })
 }
 
 impl RawTerminal {
@@ -217,7 +235,7 @@ pub(crate) fn spawn_input(
     let interactive = match input() {
         Input::Terminal => true,
         Input::Stream => false,
-        Input::Background => return Ok(()),
+        Input::Background | Input::Nothing => return Ok(()),
     };
     let mut filter = EscapeFilter::default();
     std::thread::Builder::new()

@@ -123,3 +123,49 @@ fn bad_arguments_are_usage_errors() {
         assert_eq!(eptide(arguments).status.code(), Some(2), "{arguments:?}");
     }
 }
+
+#[test]
+fn options_of_other_programs_get_a_hint() {
+    for (words, hint) in [
+        (&["run", "-kernel", "k"][..], "-kernel: write --kernel FILE"),
+        (&["run", "--kernel", "k", "-smp", "2"], "write --cpus N"),
+        (
+            &["demo", "-nographic"],
+            "the terminal is the guest's console",
+        ),
+        (
+            &["run", "--kernel", "k", "--disk", "file=a,if=virtio"],
+            "FILE,readonly",
+        ),
+        (
+            &["run", "--kernel", "k", "-m", "536870912"],
+            "a number alone is MiB",
+        ),
+    ] {
+        let output = eptide(words);
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(text.contains(hint), "{words:?}: {text}");
+    }
+}
+
+#[test]
+fn an_image_that_is_not_raw_is_refused_with_the_way_to_make_it_raw() {
+    let hello = concat!(env!("CARGO_MANIFEST_DIR"), "/../../guests/hello.elf");
+    let folder = folder("formats");
+    for (magic, format) in [(&b"QFI\xfb\0\0\0\x03"[..], "qcow2"), (b"KDMV\x01", "VMDK")] {
+        let image = folder.join(format);
+        let mut content = magic.to_vec();
+        content.resize(65536, 0);
+        fs::write(&image, content).unwrap();
+        let image = image.to_str().unwrap();
+        let message = refusal(&["run", "--kernel", hello, "--disk", image]);
+        assert_eq!(
+            message,
+            format!(
+                "eptide: disk {image}: a {format} image, and disks are raw; convert it with \
+                 `qemu-img convert -O raw {image} FILE`\n"
+            )
+        );
+    }
+}

@@ -1,12 +1,31 @@
-//! The command line.
+//! The command line: its words here, their values in `values`, what people bring along from other
+//! virtual machines in `habits`.
+
+mod habits;
+mod values;
 
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
+use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::machine::kernel::Protocol;
+use crate::machine::outcome::{Speaker, status_table};
 use crate::machine::{ConsoleKind, DiskConfig, MachineConfig};
+use values::{parse_disk, parse_size, parse_switch, parse_time};
+
+/// The process's command line; ends the process where it is wrong or asks for help.
+pub(crate) fn parse() -> Cli {
+    let words: Vec<OsString> = std::env::args_os().collect();
+    if let Some(hint) = habits::hint(&words) {
+        use clap::CommandFactory;
+        Cli::command()
+            .error(clap::error::ErrorKind::UnknownArgument, hint)
+            .exit();
+    }
+    Cli::parse_from(words)
+}
 
 /// KVM without the hardware.
 #[derive(Debug, Parser)]
@@ -25,6 +44,7 @@ pub(crate) enum Command {
     /// Takes Debian's cloud kernel and busybox from the cache folder, or fetches their packages
     /// with apt-get (no root needed). Where that is not possible, a small guest that is part of
     /// this program runs instead. At power-off a report says what happened.
+    #[command(after_long_help = status_table())]
     Demo(DemoArgs),
     /// Say what this host offers, what guests will see and what limits apply
     Doctor,
@@ -35,9 +55,9 @@ pub(crate) enum Command {
     Exec(ExecArgs),
     /// Boot a kernel of your own
     ///
-    /// The terminal becomes the guest's console; Ctrl-A X leaves. The exit status is 0 after a
-    /// power-off (or Ctrl-A X), 3 after a reset, 4 after a triple fault, 1 after an error and 128
-    /// plus its number after a signal.
+    /// The terminal becomes the guest's console; Ctrl-A X leaves. With --exec or --script the guest
+    /// runs one command, and the command's exit status is this program's.
+    #[command(after_long_help = status_table())]
     Run(RunArgs),
 }
 
@@ -69,31 +89,60 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: PathBuf,
     /// Initramfs
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["exec", "script"])]
     pub(crate) initrd: Option<PathBuf>,
-    /// Kernel command line, whole
-    #[arg(long, value_name = "LINE", default_value = "console=ttyS0")]
-    pub(crate) append: String,
+    /// Kernel command line instead of "console=ttyS0"; "panic=-1" is added unless it says panic=
+    #[arg(long, value_name = "LINE", alias = "cmdline")]
+    pub(crate) append: Option<String>,
+    /// Folder with the kernel's modules (lib/modules/VERSION), for the initramfs of --exec and
+    /// --script: drivers for the machine's devices are loaded from there
+    #[arg(long, value_name = "FOLDER", requires = "command")]
+    pub(crate) modules: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) command: CommandArgs,
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
+}
+
+/// A command to run in the guest.
+#[derive(Debug, Args)]
+#[group(id = "command", multiple = false)]
+pub(crate) struct CommandArgs {
+    /// Run this command in the guest (by sh of busybox), then power off; its exit status is this
+    /// program's
+    #[arg(long, value_name = "COMMAND")]
+    pub(crate) exec: Option<String>,
+    /// Run this file in the guest, a shell script or a static program; as --exec
+    #[arg(long, value_name = "FILE")]
+    pub(crate) script: Option<PathBuf>,
+}
+
+impl CommandArgs {
+    /// Whose the exit status is.
+    pub(crate) fn speaker(&self) -> Speaker {
+        match self.exec.is_some() || self.script.is_some() {
+            true => Speaker::Command,
+            false => Speaker::Machine,
+        }
+    }
 }
 
 /// Arguments of `demo`.
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
     /// Kernel to boot instead of a package's; its modules are not known then
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel_package", "modules"])]
     pub(crate) kernel: Option<PathBuf>,
     /// Debian package to take the kernel and its modules from, such as linux-image-686-pae:i386
-    #[arg(long, value_name = "NAME", default_value = "linux-image-cloud-amd64")]
-    pub(crate) kernel_package: String,
+    /// [default: linux-image-cloud-amd64]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) kernel_package: Option<String>,
     /// More words for the kernel command line
-    #[arg(long, value_name = "WORDS")]
+    #[arg(long, value_name = "WORDS", alias = "cmdline")]
     pub(crate) append: Option<String>,
-    /// Run this shell script in the guest instead of a shell, then power off
-    #[arg(long, value_name = "FILE")]
-    pub(crate) script: Option<PathBuf>,
-    /// Load this kernel module too. May be given several times
+    #[command(flatten)]
+    pub(crate) command: CommandArgs,
+    /// Load this kernel module too, or fail. May be given several times
     #[arg(long = "module", value_name = "NAME")]
     pub(crate) modules: Vec<String>,
     /// Boot nothing; print where the kernel and the initramfs are
@@ -106,14 +155,16 @@ pub(crate) struct DemoArgs {
 /// Arguments that describe a machine.
 #[derive(Debug, Args)]
 pub(crate) struct MachineArgs {
-    /// Guest memory; suffixes K, M, G
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    /// Guest memory: 512M, 1.5G, 1GiB; a number alone is MiB
+    #[arg(short, long, value_name = "SIZE", default_value = "512M", value_parser = parse_size,
+        alias = "mem")]
     pub(crate) memory: u64,
     /// Number of processors
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, alias = "smp")]
     pub(crate) cpus: u32,
     /// Raw disk image; append ",readonly" to protect it. May be given several times
-    #[arg(long = "disk", value_name = "FILE[,readonly]", value_parser = parse_disk)]
+    #[arg(long = "disk", value_name = "FILE[,readonly]", value_parser = parse_disk,
+        alias = "drive")]
     pub(crate) disks: Vec<DiskConfig>,
     /// Boot protocol for an ELF kernel
     #[arg(long, value_enum, default_value_t = Protocol::Auto)]
@@ -124,12 +175,48 @@ pub(crate) struct MachineArgs {
     /// Two-dimensional paging (on) or shadow paging (off)
     #[arg(long, value_name = "on|off", value_parser = parse_switch)]
     pub(crate) ept: Option<bool>,
-    /// Print what happened at the end
-    #[arg(long)]
-    pub(crate) stats: bool,
+    /// End the guest after this time, such as 90s, 5m or 1h
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub(crate) timeout: Option<Duration>,
+    /// Print what happened at the end, on standard error
+    #[arg(long, value_enum, value_name = "FORM", num_args = 0..=1, require_equals = true,
+        default_missing_value = "text")]
+    pub(crate) stats: Option<Stats>,
+    /// Say nothing but errors, and have the kernel say little
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+/// How the report looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Stats {
+    /// For people.
+    Text,
+    /// One JSON object on one line.
+    Json,
 }
 
 impl MachineArgs {
+    /// A kernel command line: `words`, or what shows a console. A kernel that panics is to end,
+    /// so that whoever started it learns of it.
+    pub(crate) fn command_line(&self, words: Option<&str>) -> String {
+        let console = match self.console {
+            ConsoleKind::Serial => "console=ttyS0",
+            ConsoleKind::Virtio => "console=hvc0",
+        };
+        let words = words.unwrap_or(console);
+        let mut line = String::new();
+        // In front, because what stands behind "--" is the first program's.
+        if !words.split(' ').any(|word| word.starts_with("panic=")) {
+            line.push_str("panic=-1 ");
+        }
+        if self.quiet && !words.split(' ').any(|word| word.starts_with("loglevel=")) {
+            line.push_str("quiet ");
+        }
+        line.push_str(words);
+        line
+    }
+
     /// The machine these arguments describe, with a kernel in it.
     pub(crate) fn with_kernel(
         &self,
@@ -147,44 +234,10 @@ impl MachineArgs {
             protocol: self.protocol,
             console: self.console,
             ept: self.ept,
+            timeout: self.timeout,
+            reports: false,
+            quiet: self.quiet,
         }
-    }
-}
-
-fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.as_bytes().last() {
-        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
-        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
-        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
-        _ => (text, 0),
-    };
-    let number: u64 = digits
-        .parse()
-        .map_err(|_| format!("{text:?} is not a size such as 512M"))?;
-    number
-        .checked_mul(1 << shift)
-        .ok_or_else(|| format!("{text} is more than can be addressed"))
-}
-
-fn parse_disk(text: &str) -> Result<DiskConfig, String> {
-    let (path, read_only) = match text.strip_suffix(",readonly") {
-        Some(path) => (path, true),
-        None => (text, false),
-    };
-    match path {
-        "" => Err("a disk needs a file".into()),
-        path => Ok(DiskConfig {
-            path: path.into(),
-            read_only,
-        }),
-    }
-}
-
-fn parse_switch(text: &str) -> Result<bool, String> {
-    match text {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        other => Err(format!("{other:?} is neither \"on\" nor \"off\"")),
     }
 }
 
@@ -199,24 +252,6 @@ mod tests {
     }
 
     #[test]
-    fn sizes_have_suffixes() {
-        assert_eq!(parse_size("512M"), Ok(512 << 20));
-        assert_eq!(parse_size("2g"), Ok(2 << 30));
-        assert_eq!(parse_size("4096"), Ok(4096));
-        assert!(parse_size("lots").is_err());
-        assert!(parse_size("99999999999G").is_err());
-        assert!(parse_size("").is_err());
-    }
-
-    #[test]
-    fn disks_may_be_read_only() {
-        let disk = |text| parse_disk(text).unwrap();
-        assert!(disk("a.img,readonly").read_only);
-        assert_eq!(disk("b,c.img").path, PathBuf::from("b,c.img"));
-        assert!(parse_disk(",readonly").is_err());
-    }
-
-    #[test]
     fn run_takes_what_its_help_says() {
         let line = "eptide run --kernel k --disk a --disk b,readonly --ept=off --cpus 4 --stats";
         let cli = Cli::try_parse_from(line.split(' ')).unwrap();
@@ -225,7 +260,53 @@ mod tests {
         };
         assert_eq!((run.machine.cpus, run.machine.ept), (4, Some(false)));
         assert_eq!(run.machine.disks.len(), 2);
-        assert_eq!(run.append, "console=ttyS0");
+        assert_eq!(run.machine.stats, Some(Stats::Text));
+        assert_eq!(run.command.speaker(), Speaker::Machine);
+    }
+
+    fn run(line: &str) -> RunArgs {
+        let words = format!("eptide run --kernel k {line}");
+        match Cli::try_parse_from(words.split_whitespace())
+            .unwrap()
+            .command
+        {
+            Command::Run(run) => run,
+            _ => panic!("not run"),
+        }
+    }
+
+    #[test]
+    fn other_words_for_the_same_are_known() {
+        let args = run("-m 512 --smp 2 --cmdline x --drive a,ro --stats=json -q --timeout 1m");
+        let machine = &args.machine;
+        assert_eq!((machine.memory, machine.cpus), (512 << 20, 2));
+        assert_eq!(args.append.as_deref(), Some("x"));
+        assert!(machine.disks[0].read_only && machine.quiet);
+        assert_eq!(machine.stats, Some(Stats::Json));
+        assert_eq!(machine.timeout, Some(Duration::from_secs(60)));
+    }
+
+    #[test]
+    fn a_kernel_that_panics_ends_unless_told_otherwise() {
+        let line = |line: &str, words| run(line).machine.command_line(words);
+        assert_eq!(line("", None), "panic=-1 console=ttyS0");
+        assert_eq!(line("--console hvc0", None), "panic=-1 console=hvc0");
+        assert_eq!(line("", Some("a -- b")), "panic=-1 a -- b");
+        assert_eq!(line("", Some("a panic=5")), "a panic=5");
+        assert_eq!(line("-q", Some("a")), "panic=-1 quiet a");
+        assert_eq!(line("-q", Some("loglevel=7")), "panic=-1 loglevel=7");
+    }
+
+    #[test]
+    fn a_command_excludes_another_and_an_initramfs() {
+        for line in ["--exec a --script b", "--exec a --initrd i", "--modules m"] {
+            let words = format!("eptide run --kernel k {line}");
+            assert!(Cli::try_parse_from(words.split(' ')).is_err(), "{line}");
+        }
+        assert_eq!(
+            run("--exec true --modules m").command.speaker(),
+            Speaker::Command
+        );
     }
 }
 

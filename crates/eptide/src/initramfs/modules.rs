@@ -3,7 +3,7 @@
 //! Packages come without `modules.dep` (it is made on installation), so dependencies are read from
 //! the modules themselves: the `.modinfo` section holds `depends=a,b`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Default)]
 pub(crate) struct Modules {
     files: BTreeMap<String, PathBuf>,
+    built_in: BTreeSet<String>,
 }
 
 /// A module and what it is made of.
@@ -31,12 +32,30 @@ impl Modules {
         Ok(modules)
     }
 
+    /// Whether the kernel has a module of this name, as a file or built in.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        let name = canonical(name);
+        self.files.contains_key(&name) || self.built_in.contains(&name)
+    }
+
+    /// The name of a module's file.
+    pub(crate) fn file_name(&self, name: &str) -> Option<&str> {
+        self.files.get(&canonical(name))?.file_name()?.to_str()
+    }
+
     fn visit(&mut self, folder: &Path) -> io::Result<()> {
         for entry in fs::read_dir(folder)? {
             let entry = entry?;
             let path = entry.path();
             if entry.file_type()?.is_dir() {
                 self.visit(&path)?;
+            } else if entry.file_name() == "modules.builtin" {
+                let list = fs::read_to_string(&path)?;
+                let names = list.lines().filter_map(|line| {
+                    let file = line.rsplit('/').next()?;
+                    Some(canonical(file.split_once(".ko")?.0))
+                });
+                self.built_in.extend(names);
             } else if let Some((stem, "" | ".xz" | ".zst")) =
                 entry.file_name().to_string_lossy().split_once(".ko")
             {
@@ -136,6 +155,8 @@ mod tests {
         module("virtio", "");
         module("virtio_ring", "virtio");
         module("virtio-rng", "virtio,virtio_ring");
+        let built_in = "kernel/fs/binfmt-script.ko\nkernel/lib/crc32.ko\n";
+        fs::write(folder.as_path().join("modules.builtin"), built_in).unwrap();
         folder
     }
 
@@ -148,6 +169,18 @@ mod tests {
             .unwrap();
         let files: Vec<&str> = order.iter().map(|module| module.file.as_str()).collect();
         assert_eq!(files, ["virtio.ko", "virtio_ring.ko", "virtio-rng.ko"]);
+    }
+
+    #[test]
+    fn what_a_kernel_has_is_known() {
+        let folder = kernel();
+        let modules = Modules::find(folder.as_path()).unwrap();
+        for name in ["virtio-rng", "virtio_ring", "binfmt_script", "crc32"] {
+            assert!(modules.has(name), "{name}");
+        }
+        assert!(!modules.has("xfs"));
+        assert_eq!(modules.file_name("virtio_rng"), Some("virtio-rng.ko"));
+        assert_eq!(modules.file_name("crc32"), None);
     }
 
     #[test]

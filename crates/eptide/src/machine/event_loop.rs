@@ -1,11 +1,13 @@
 //! A thread that waits for events and serves them: queue notifications and signals.
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::timerfd::TimerFd;
 
-use super::outcome::Stop;
+use super::outcome::{Outcome, Stop};
 
 /// Serves one event source; called when its descriptor is readable.
 pub(crate) type Handler = Box<dyn FnMut() + Send>;
@@ -23,7 +25,6 @@ const STOP: u64 = u64::MAX;
 impl EventLoop {
     /// A loop that ends when `stop` is requested.
     pub(crate) fn new(stop: Stop) -> io::Result<Self> {
-        use std::os::fd::AsRawFd;
         let epoll = Epoll::new()?;
         let event = EpollEvent::new(EventSet::IN, STOP);
         epoll.ctl(ControlOperation::Add, stop.event().as_raw_fd(), event)?;
@@ -41,6 +42,21 @@ impl EventLoop {
         self.epoll.ctl(ControlOperation::Add, descriptor, event)?;
         self.handlers.push(handler);
         Ok(())
+    }
+
+    /// Has the machine stopped after `time`.
+    pub(crate) fn add_timeout(&mut self, time: Duration, stop: Stop) -> io::Result<()> {
+        let failed = |error: vmm_sys_util::errno::Error| io::Error::from(error);
+        let mut timer = TimerFd::new().map_err(failed)?;
+        // A timer that is set to zero is off.
+        let first = time.max(Duration::from_nanos(1));
+        timer.reset(first, None).map_err(failed)?;
+        let descriptor = timer.as_raw_fd();
+        let handler = move || {
+            let _ = timer.wait();
+            stop.request(Outcome::Timeout(time));
+        };
+        self.add(descriptor, Box::new(handler))
     }
 
     /// Serves events until the machine stops.
@@ -65,8 +81,6 @@ impl EventLoop {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::outcome::Outcome;
-    use std::os::fd::AsRawFd;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
     use vmm_sys_util::eventfd::EventFd;
@@ -90,5 +104,16 @@ mod tests {
         source.write(3).unwrap();
         events.run().unwrap();
         assert_eq!(served.load(Ordering::SeqCst), 3);
+    }
+
+    #[test]
+    fn time_passes() {
+        for time in [Duration::ZERO, Duration::from_millis(5)] {
+            let stop = Stop::new().unwrap();
+            let mut events = EventLoop::new(stop.clone()).unwrap();
+            events.add_timeout(time, stop.clone()).unwrap();
+            events.run().unwrap();
+            assert_eq!(stop.outcome(), Some(Outcome::Timeout(time)));
+        }
     }
 }

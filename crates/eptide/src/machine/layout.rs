@@ -63,6 +63,10 @@ pub(crate) const KVM_TSS: u64 = KVM_IDENTITY_MAP + 0x1000;
 pub(crate) const COM1_PORT: u16 = 0x3f8;
 /// Interrupt line of the first serial port.
 pub(crate) const COM1_GSI: u32 = 4;
+/// Second serial port: what the guest reports about the command it was booted for.
+pub(crate) const COM2_PORT: u16 = 0x2f8;
+/// Interrupt line of the second serial port.
+pub(crate) const COM2_GSI: u32 = 3;
 /// Command and status port of the keyboard controller.
 pub(crate) const I8042_PORT: u16 = 0x64;
 /// ACPI PM1 event block (status, enable), PM1 control and the reset register, in this order.

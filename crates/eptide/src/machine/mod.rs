@@ -13,6 +13,7 @@
 //! bus         ports and MMIO windows
 //! event_loop  device threads
 //! outcome     how it ends
+//! verdict     what the guest reports about the command it was booted for
 //! ```
 
 pub(crate) mod acpi;
@@ -27,6 +28,7 @@ pub(crate) mod layout;
 pub(crate) mod memory;
 pub(crate) mod outcome;
 pub(crate) mod vcpu;
+mod verdict;
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -50,8 +52,9 @@ use crate::devices::virtio::block::{Block, DiskError};
 use crate::devices::virtio::console::{self, Console, Pending};
 use crate::devices::virtio::entropy::Entropy;
 use crate::devices::virtio::mmio::{MmioTransport, NOTIFY_OFFSET, SharedTransport};
-use crate::report::{Milestones, Report, Tap};
+use crate::report::Report;
 use crate::terminal::{self, RawTerminal};
+use crate::watch::{Tap, Watch};
 use acpi::VirtioWindow;
 use bus::{Bus, SharedDevice};
 use cpuid::Topology;
@@ -60,6 +63,7 @@ use kernel::{Entry, Protocol};
 use memory::GuestMemory;
 use outcome::{Outcome, Stop};
 use vcpu::{Environment, VcpuThread};
+use verdict::{Listener, Verdict};
 
 /// How long processors may take to leave the guest once the machine stops.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
@@ -105,6 +109,12 @@ pub(crate) struct MachineConfig {
     pub(crate) console: ConsoleKind,
     /// Two-dimensional paging; `None` leaves it to the KVM implementation.
     pub(crate) ept: Option<bool>,
+    /// Time after which the guest is ended.
+    pub(crate) timeout: Option<Duration>,
+    /// The guest reports on the second serial port how its command or its set-up ended.
+    pub(crate) reports: bool,
+    /// Nothing is said but errors.
+    pub(crate) quiet: bool,
 }
 
 /// Why a machine cannot be built or started.
@@ -180,7 +190,10 @@ pub(crate) struct Machine {
     input: Option<terminal::Receiver>,
     stop: Stop,
     signals: Signals,
-    milestones: Milestones,
+    watch: Watch,
+    verdict: Verdict,
+    timeout: Option<Duration>,
+    quiet: bool,
     // Mapped into the guest for as long as the VM lives.
     memory: GuestMemory,
 }
@@ -217,10 +230,16 @@ impl Machine {
             input: None,
             stop: Stop::new()?,
             signals,
-            milestones: Milestones::default(),
+            watch: Watch::default(),
+            verdict: Verdict::default(),
+            timeout: config.timeout,
+            quiet: config.quiet,
             memory,
         };
         machine.add_platform_devices(config.console)?;
+        if config.reports {
+            machine.add_verdict_port()?;
+        }
         machine.add_virtio_devices(disks, config.console)?;
         acpi::write(&machine.memory, config.cpus, &machine.windows)?;
         machine.create_vcpus(&kvm, config.cpus, kernel.entry)?;
@@ -255,6 +274,14 @@ impl Machine {
                 .insert(u64::from(port), u64::from(length), device)?;
         }
         Ok(())
+    }
+
+    fn add_verdict_port(&mut self) -> Result<(), MachineError> {
+        let line = Line(self.line(layout::COM2_GSI)?);
+        let listener = Listener::new(self.verdict.clone(), self.stop.clone());
+        let port = SerialPort::new(line, Box::new(listener));
+        let port: SharedDevice = Arc::new(Mutex::new(port));
+        Ok(self.ports.insert(u64::from(layout::COM2_PORT), 8, port)?)
     }
 
     fn add_virtio_devices(
@@ -329,9 +356,9 @@ impl Machine {
         Ok(line)
     }
 
-    /// Standard output with an eye on milestones.
+    /// Standard output with an eye on what is shown there.
     fn output(&self) -> Box<dyn io::Write + Send> {
-        Box::new(Tap::new(io::stdout(), self.milestones.clone()))
+        Box::new(Tap::new(io::stdout(), self.watch.clone()))
     }
 
     fn create_vcpus(&mut self, kvm: &Kvm, cpus: u32, entry: Entry) -> Result<(), MachineError> {
@@ -352,26 +379,15 @@ impl Machine {
     }
 
     /// Runs the machine until it stops, the terminal attached.
-    pub(crate) fn run(mut self) -> Result<(Outcome, Report), MachineError> {
+    pub(crate) fn run(mut self) -> Result<Ending, MachineError> {
         let mut main_loop = EventLoop::new(self.stop.clone())?;
         self.signals.serve(&mut main_loop, self.stop.clone())?;
-        let terminal = RawTerminal::enter()?;
-        if let Some(remark) = terminal::input().remark() {
-            eprintln!("eptide: {remark}");
+        if let Some(timeout) = self.timeout {
+            main_loop.add_timeout(timeout, self.stop.clone())?;
         }
-        if let Some(receive) = self.input.take() {
-            let stop = self.stop.clone();
-            terminal::spawn_input(receive, move || stop.request(Outcome::Quit))?;
-        }
-        for mut events in self.loops.drain(..) {
-            let stop = self.stop.clone();
-            thread::Builder::new()
-                .name("devices".into())
-                .spawn(move || {
-                    if let Err(error) = events.run() {
-                        stop.request(Outcome::Failure(format!("device thread: {error}")));
-                    }
-                })?;
+        let terminal = self.attach_terminal()?;
+        for events in self.loops.drain(..) {
+            start_devices(events, self.stop.clone())?;
         }
 
         let environment = Environment {
@@ -381,7 +397,7 @@ impl Machine {
             exits: Arc::default(),
             statistics: Arc::default(),
         };
-        self.milestones.start();
+        self.watch.start();
         let started = Instant::now();
         let mut threads = Vec::new();
         for (id, vcpu) in (0..).zip(self.vcpus.drain(..)) {
@@ -391,8 +407,49 @@ impl Machine {
         let elapsed = started.elapsed();
         stop_threads(&threads);
         drop(terminal);
+        Ok(Ending {
+            outcome: self.outcome(),
+            last_lines: self.watch.last_lines(),
+            report: self.report(elapsed, &environment),
+        })
+    }
 
+    /// The terminal for the console's input; it stays attached for as long as the result lives.
+    fn attach_terminal(&mut self) -> io::Result<Option<RawTerminal>> {
+        let terminal = RawTerminal::enter()?;
+        if let Some(remark) = terminal::input().remark()
+            && !self.quiet
+        {
+            eprintln!("eptide: {remark}");
+        }
+        if let Some(receive) = self.input.take() {
+            let stop = self.stop.clone();
+            terminal::spawn_input(receive, move || stop.request(Outcome::Quit))?;
+        }
+        Ok(terminal)
+    }
+
+    /// How it ended, in the light of what the guest said before.
+    fn outcome(&self) -> Outcome {
         let outcome = self.stop.outcome().expect("the loop ends only on a stop");
+        match outcome {
+            Outcome::Reset | Outcome::TripleFault | Outcome::Timeout(_) => {
+                if let Some(words) = self.watch.panic() {
+                    return Outcome::Panic(words);
+                }
+            }
+            _ => {}
+        }
+        match outcome {
+            // A guest that cannot switch itself off does what it can.
+            Outcome::PowerOff | Outcome::Reset | Outcome::Timeout(_) => {
+                self.verdict.get().unwrap_or(outcome)
+            }
+            other => other,
+        }
+    }
+
+    fn report(&self, elapsed: Duration, environment: &Environment) -> Report {
         let exits = &environment.exits;
         let mut statistics = environment
             .statistics
@@ -400,18 +457,38 @@ impl Machine {
             .unwrap_or_else(|poison| poison.into_inner())
             .clone();
         hypervisor::add_mmu(&mut statistics, &self.vm);
-        let report = Report {
+        Report {
             elapsed,
-            time_to_init: self.milestones.time_to_init(),
+            time_to_init: self.watch.time_to_init(),
             user_exits: vec![
                 ("port I/O", exits.port.load(Ordering::Relaxed)),
                 ("MMIO", exits.mmio.load(Ordering::Relaxed)),
                 ("interrupted", exits.interrupted.load(Ordering::Relaxed)),
             ],
             statistics,
-        };
-        Ok((outcome, report))
+        }
     }
+}
+
+/// A machine that has stopped.
+pub(crate) struct Ending {
+    /// Why.
+    pub(crate) outcome: Outcome,
+    /// What its consoles showed last.
+    pub(crate) last_lines: Vec<String>,
+    /// What happened.
+    pub(crate) report: Report,
+}
+
+/// Serves devices on a thread of their own.
+fn start_devices(mut events: EventLoop, stop: Stop) -> io::Result<()> {
+    let serve = move || {
+        if let Err(error) = events.run() {
+            stop.request(Outcome::Failure(format!("device thread: {error}")));
+        }
+    };
+    let thread = thread::Builder::new().name("devices".into());
+    thread.spawn(serve).map(drop)
 }
 
 /// Kicks processors until they have left the guest. One that does not is left to the end of the

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kvm::{Interrupter, VcpuExit, VcpuFd};
 use kvm_bindings::{
@@ -204,6 +205,9 @@ fn run_loop(mut vcpu: VcpuFd, id: u32, environment: &Environment) {
         .lock()
         .unwrap_or_else(|poison| poison.into_inner());
     hypervisor::add_processor(&mut statistics, &vcpu);
+    // The thread has done nothing but run its processor.
+    let ran = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    statistics.busy += Duration::new(ran.tv_sec as u64, ran.tv_nsec as u32);
 }
 
 /// Serves one exit; returns why the machine stops, if it does.

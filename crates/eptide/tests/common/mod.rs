@@ -29,6 +29,14 @@ pub(crate) fn folder(test: &str) -> PathBuf {
     folder
 }
 
+/// The kernel that `cargo xtask fetch` fetches.
+pub(crate) fn cloud_kernel() -> PathBuf {
+    let output = eptide().args(["demo", "--prepare"]).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.lines().next().unwrap().into()
+}
+
 /// Path of one of the project's own guests.
 pub(crate) fn own_guest(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -68,6 +76,16 @@ impl Transcript {
     pub(crate) fn expect(&self, text: &str) -> &Self {
         assert!(
             self.console.contains(text),
+            "no {text:?} in:\n{}",
+            self.text()
+        );
+        self
+    }
+
+    /// Asserts that `eptide` itself said `text`.
+    pub(crate) fn expect_message(&self, text: &str) -> &Self {
+        assert!(
+            self.messages.contains(text),
             "no {text:?} in:\n{}",
             self.text()
         );

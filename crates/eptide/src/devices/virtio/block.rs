@@ -35,6 +35,17 @@ pub(crate) enum DiskError {
         /// What the host said.
         error: io::Error,
     },
+    /// An image in a format of its own.
+    #[error(
+        "disk {path}: a {format} image, and disks are raw; convert it with \
+         `qemu-img convert -O raw {path} FILE`"
+    )]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// The format's name.
+        format: &'static str,
+    },
     /// Another process has it.
     #[error("disk {0}: in use by another virtual machine; add ,readonly to share it for reading")]
     Locked(PathBuf),
@@ -54,6 +65,32 @@ fn hint(error: &io::Error) -> &'static str {
         io::ErrorKind::PermissionDenied => "; add ,readonly if it may only be read",
         _ => "",
     }
+}
+
+/// Formats of images that are not raw: where their magic number stands, and what it is.
+const FORMATS: [(u64, &[u8], &str); 6] = [
+    (0, b"QFI\xfb", "qcow2"),
+    (0, b"KDMV", "VMDK"),
+    (0, b"# Disk DescriptorFile", "VMDK"),
+    (0, b"vhdxfile", "VHDX"),
+    (0, b"conectix", "VHD"),
+    (0x40, b"\x7f\x10\xda\xbe", "VDI"),
+];
+
+/// The format of an image that is not raw. What looks like one but is a raw disk would be a disk
+/// whose boot sector starts with such a number.
+fn format_of(image: &File) -> io::Result<Option<&'static str>> {
+    let mut start = [0; 0x60];
+    // A file that is shorter has zeroes here, and no magic number is of zeroes.
+    let mut filled = 0;
+    while filled < start.len() {
+        match image.read_at(&mut start[filled..], filled as u64)? {
+            0 => break,
+            count => filled += count,
+        }
+    }
+    let is = |(at, magic, _): &&(u64, &[u8], &str)| start[*at as usize..].starts_with(magic);
+    Ok(FORMATS.iter().find(is).map(|(.., name)| *name))
 }
 
 /// A disk.
@@ -87,6 +124,12 @@ impl Block {
             return Err(match error.kind() {
                 io::ErrorKind::WouldBlock => DiskError::Locked(path.into()),
                 _ => failed(error),
+            });
+        }
+        if let Some(format) = format_of(&image).map_err(failed)? {
+            return Err(DiskError::Format {
+                path: path.into(),
+                format,
             });
         }
         // Seeking gives the size of block devices too.
