@@ -12,6 +12,7 @@
 //! kernel does with descriptors (dup, fork, close-on-exec, passing through sockets, mmap) works
 //! without help, and only the calls that name `/dev/kvm` or carry KVM's requests are looked at.
 
+mod children;
 mod dispositions;
 mod forks;
 mod next;

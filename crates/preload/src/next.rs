@@ -42,10 +42,17 @@ macro_rules! next {
                 Err(_) => panic!("a literal with one zero, at its end"),
             };
         static NEXT: $crate::next::Next = $crate::next::Next::new(NAME);
+        $crate::next::call_next!(NEXT, ($($argument: $type),*) -> $result)
+    }};
+}
+
+/// As [`next!`], with the function's [`Next`] given.
+macro_rules! call_next {
+    ($next:expr, ($($argument:ident: $type:ty),*) -> $result:ty) => {{
         type Function = unsafe extern "C" fn($($type),*) -> $result;
         // SAFETY: the function of this name has this signature, and an address is one or null.
         let function = unsafe {
-            std::mem::transmute::<*mut std::ffi::c_void, Option<Function>>(NEXT.address())
+            std::mem::transmute::<*mut std::ffi::c_void, Option<Function>>($next.address())
         };
         match function {
             // SAFETY: the arguments are the program's own.
@@ -54,4 +61,4 @@ macro_rules! next {
         }
     }};
 }
-pub(crate) use next;
+pub(crate) use {call_next, next};
