@@ -32,7 +32,7 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
         .map(|bytes| bytes / 10u128.pow(part.len() as u32));
     let bytes = bytes.and_then(|bytes| u64::try_from(bytes).ok());
     let bytes = bytes
-        .filter(|bytes| *bytes < 1 << 52)
+        .filter(|bytes| *bytes < 1 << 46)
         .ok_or_else(too_much)?;
     // A part such as 0.3G is no whole number of pages by itself.
     Ok(if is_fraction { bytes & !0xfff } else { bytes })
