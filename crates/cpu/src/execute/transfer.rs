@@ -359,7 +359,9 @@ impl Vcpu {
         Ok(ss)
     }
 
-    /// Data segments that the outer level may not keep become null.
+    /// Data segments that the outer level may not keep become null. Only that: what the register
+    /// holds besides the selector stays, since 64-bit systems keep bases of FS and GS under null
+    /// selectors across returns to user mode.
     fn drop_inner_segments(&mut self, level: u8) {
         for name in [
             SegmentName::Es,
@@ -370,12 +372,10 @@ impl Vcpu {
             let segment = self.state.segments[name as usize];
             let access = segment.access;
             let conforming = access.has(AccessRights::CODE | AccessRights::EC);
-            // Of a null segment only the RPL goes: 64-bit systems keep bases of FS and GS under
-            // null selectors across returns to user mode.
-            if !access.usable() {
-                self.state.segments[name as usize].selector = 0;
-            } else if !conforming && access.dpl() < level {
-                self.put_segment(name, Segment::UNUSABLE);
+            if !access.usable() || !conforming && access.dpl() < level {
+                let segment = &mut self.state.segments[name as usize];
+                segment.selector = 0;
+                segment.access.0 |= AccessRights::UNUSABLE;
             }
         }
     }
