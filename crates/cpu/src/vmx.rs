@@ -238,6 +238,7 @@ impl Vcpu {
         let resume = self.state.rflags_rest & Rflags::RF.bits();
         self.state.interruptibility.remove(shadow);
         self.state.rflags_rest &= !resume;
+        let pending = self.state.pending_debug;
         self.countdown -= 1;
         let stopped = self.execute_single(block);
         if self.has_completed(stopped) {
@@ -245,6 +246,7 @@ impl Vcpu {
         } else {
             self.state.interruptibility.insert(shadow);
             self.state.rflags_rest |= resume;
+            self.state.pending_debug = pending;
         }
         if stopped {
             return self.emulation_stopped(saved);

@@ -18,6 +18,8 @@ mod modes;
 mod monitor_trap;
 #[path = "system/paging.rs"]
 mod paging;
+#[path = "system/pending_debug.rs"]
+mod pending_debug;
 #[path = "system/reasons.rs"]
 mod reasons;
 #[path = "system/translation.rs"]

@@ -219,3 +219,65 @@ fn a_step_into_an_event_ends_before_its_handler() {
         assert_eq!(stopped(&mut machine).pc, 0x3001, "{vector:#x}");
     }
 }
+
+/// The same with a data breakpoint on what MOV SS reads, and instructions of which KVM finds out that
+/// they fault, that user space completes, or that are emulated.
+#[test]
+fn a_data_breakpoint_behind_mov_ss_strikes_once() {
+    const WATCHED: u64 = 0x6000;
+    let cases: [(&[u8], u8); 6] = [
+        (&[0x0f, 0xa2], 1),             // CPUID
+        (&[0xe4, 0x33], 1),             // IN from user space
+        (&[0x8a, 0x06], 1),             // MOV AL from user space's memory
+        (&[0x0f, 0x21, 0xf8], 1),       // MOV RAX, DR7
+        (&[0x0f, 0x32], 13),            // RDMSR of none
+        (&[0xf3, 0x0f, 0xc7, 0x33], 6), // VMXON
+    ];
+    for (instruction, vector) in cases {
+        let code = assemble(|a| {
+            a.mov(eax, WATCHED as i32)?;
+            a.mov(dr0, rax)?;
+            a.mov(eax, 0x000f_0402)?;
+            a.mov(dr7, rax)?;
+            a.mov(ecx, 0x7777_7777)?;
+            a.mov(rbx, WATCHED)?;
+            a.mov(rsi, 0xd000_0000u64)?;
+            a.mov(ss, word_ptr(rbx))?;
+            a.db(instruction)?;
+            a.nop()?;
+            stop(a)
+        });
+        let behind = CODE + code.len() as u64 - 3;
+        let mut machine = Machine::new(Irqchip::None, 1, &code);
+        machine.memory.write_u64(WATCHED, 16);
+        for (vector, handler, error) in [(1u8, 0x2000, 0), (6, 0x2080, 0), (13, 0x2100, 8)] {
+            machine.gate(vector, handler);
+            machine.code_at(handler, |a| {
+                a.inc(qword_ptr(0x5000 + 16 * u64::from(vector)))?;
+                a.mov(rax, qword_ptr(rsp + error))?;
+                a.mov(qword_ptr(0x5008 + 16 * u64::from(vector)), rax)?;
+                stop(a)
+            });
+        }
+        loop {
+            match machine.vcpu().run().unwrap() {
+                VcpuExit::IoOut(0x80, _) => break,
+                VcpuExit::IoIn(0x33, data) => data[0] = 1,
+                VcpuExit::MmioRead(_, data) => data[0] = 1,
+                other => panic!("{other:?}"),
+            }
+        }
+        for other in [1, 6, 13] {
+            let count = machine.memory.read_u64(0x5000 + 16 * u64::from(other));
+            assert_eq!(
+                count,
+                u64::from(other == vector),
+                "{instruction:02x?} {other}"
+            );
+        }
+        let at = machine.memory.read_u64(0x5008 + 16 * u64::from(vector));
+        let length = instruction.len() as u64;
+        let expected = if vector == 1 { behind } else { behind - length };
+        assert_eq!(at, expected, "{instruction:02x?}");
+    }
+}

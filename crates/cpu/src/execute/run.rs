@@ -552,9 +552,10 @@ impl Vcpu {
         self.countdown -= 1;
         self.windowless_since = None;
         // The shadow of STI and MOV SS, and RF, end with this instruction unless it sets them
-        // anew; one that faults or exits keeps them.
+        // anew; one that faults or exits keeps them, and has matched no breakpoint.
         let shadow = shadow & (Interruptibility::STI | Interruptibility::MOV_SS);
         let resume = before & Rflags::RF.bits();
+        let pending = self.state.pending_debug;
         self.state.interruptibility.remove(shadow);
         self.state.rflags_rest &= !resume;
         let stopped = self.execute_single(block);
@@ -563,6 +564,7 @@ impl Vcpu {
         } else {
             self.state.interruptibility.insert(shadow);
             self.state.rflags_rest |= resume;
+            self.state.pending_debug = pending;
         }
         if stopped && let Some(exit) = self.stopped() {
             return Some(exit);
