@@ -246,7 +246,7 @@ impl Vcpu {
         } else {
             self.state.interruptibility.insert(shadow);
             self.state.rflags_rest |= resume;
-            self.state.pending_debug = pending;
+            self.forget_matches(pending);
         }
         if stopped {
             return self.emulation_stopped(saved);

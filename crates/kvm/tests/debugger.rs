@@ -281,3 +281,41 @@ fn a_data_breakpoint_behind_mov_ss_strikes_once() {
         assert_eq!(at, expected, "{instruction:02x?}");
     }
 }
+
+/// A breakpoint on a port traps behind the instruction, which KVM or user space carries out.
+#[test]
+fn a_port_is_watched() {
+    let code = assemble(|a| {
+        a.mov(rax, cr4)?;
+        a.or(rax, 8)?;
+        a.mov(cr4, rax)?;
+        a.mov(eax, 0x33)?;
+        a.mov(dr0, rax)?;
+        a.mov(eax, 0x0002_0402)?;
+        a.mov(dr7, rax)?;
+        a.out(0x34, al)?;
+        a.out(0x33, al)?;
+        a.nop()?;
+        stop(a)
+    });
+    let mut machine = Machine::new(Irqchip::None, 1, &code);
+    machine.gate(1, 0x2000);
+    machine.code_at(0x2000, |a| {
+        a.mov(r15, qword_ptr(rsp))?;
+        a.mov(r14, dr6)?;
+        stop(a)
+    });
+    let mut ports = Vec::new();
+    while let VcpuExit::IoOut(port, _) = machine.vcpu().run().unwrap() {
+        ports.push(port);
+        if port == 0x80 {
+            break;
+        }
+    }
+    assert_eq!(ports, [0x34, 0x33, 0x80]);
+    let regs = machine.vcpu().get_regs().unwrap();
+    assert_eq!(
+        (regs.r15, regs.r14 & 0xf),
+        (CODE + code.len() as u64 - 3, 1)
+    );
+}

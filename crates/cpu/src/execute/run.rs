@@ -564,7 +564,7 @@ impl Vcpu {
         } else {
             self.state.interruptibility.insert(shadow);
             self.state.rflags_rest |= resume;
-            self.state.pending_debug = pending;
+            self.forget_matches(pending);
         }
         if stopped && let Some(exit) = self.stopped() {
             return Some(exit);
@@ -622,6 +622,17 @@ impl Vcpu {
             return Some(VmExit::new(ExitReason::BusLock));
         }
         self.emulate_apic_write()
+    }
+
+    /// Puts pending debug exceptions back to what they were before an instruction that has not been
+    /// executed: it will be, and match again. One that accesses a port has matched for good, as
+    /// whoever handles its exit carries it out.
+    pub(crate) fn forget_matches(&mut self, before: u64) {
+        let by_others =
+            matches!(&self.cause, Cause::Exit(exit) if exit.reason == ExitReason::IoInstruction);
+        if !by_others {
+            self.state.pending_debug = before;
+        }
     }
 
     /// Whether the instruction that [`Vcpu::execute_single`] executed took effect.
