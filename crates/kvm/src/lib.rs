@@ -25,7 +25,7 @@
 //! rest of the guest runs at full speed.
 //!
 //! ```
-//! use eptide_kvm::{KVM_EXIT_EMULATE, Kvm, Observer, VcpuExit};
+//! use eptide_kvm::{CpuState, KVM_EXIT_EMULATE, Kvm, Observer, VcpuExit};
 //! use kvm_bindings::kvm_userspace_memory_region;
 //!
 //! /// Writes down what the function does.
@@ -33,7 +33,7 @@
 //! struct Trace(Vec<String>);
 //!
 //! impl Observer for Trace {
-//!     fn instruction(&mut self, state: &cpu::CpuState, bytes: &[u8]) {
+//!     fn instruction(&mut self, state: &CpuState, bytes: &[u8]) {
 //!         self.0.push(format!("{:x}: {bytes:02x?}", state.rip));
 //!     }
 //!     fn memory(&mut self, gva: u64, data: &[u8], write: bool) {
@@ -133,10 +133,10 @@ mod watch;
 
 pub use api::*;
 pub use capabilities::CAP_EXECUTION_TRAPS;
-pub use cpu::Observer;
 pub use cpu::faults::{
     Disposition, exchange_program as exchange_kept_disposition, release as release_kept_signals,
 };
+pub use cpu::{CpuState, Observer};
 pub use error::{Error, Result};
 pub use signals::{Call, as_the_program_meant, cover_signal_handler, interrupt_current_thread};
 pub use traps::{ACCESS_TRAP_EXECUTION, AccessBytes, EmulateExit, KVM_EXIT_EMULATE};

@@ -42,6 +42,7 @@ mod halts;
 mod msrs;
 #[path = "paravirtual.rs"]
 mod paravirtual;
+mod portable_examples;
 #[path = "processors.rs"]
 mod processors;
 #[path = "rewritten.rs"]
