@@ -2,6 +2,7 @@
 
 mod check;
 mod compare;
+mod dist;
 mod fetch;
 mod licences;
 mod selftests;
@@ -28,6 +29,8 @@ usage: cargo xtask <chore>
     --eptide PATH     instead of this tree's
     --qemu PATH       instead of qemu-system-x86_64
     --machine NAME    QEMU's -M (pc)
+  dist                an archive with the program, its man pages, completions and licences, tried
+                      in a folder with a space
   fetch [package…]    guest material from Debian packages into the cache folder
                       (default: what the demo and the boot tests need)
   fetch --refresh …   the current version, even if the cache has one
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
     let outcome = match arguments.as_slice() {
         ["check", steps @ ..] => check::run(steps),
         ["compare", options @ ..] => compare::run(options),
+        ["dist"] => dist::run(),
         ["fetch", "--refresh", packages @ ..] => fetch::run(packages, true),
         ["fetch", packages @ ..] => fetch::run(packages, false),
         ["selftests", names @ ..] => selftests::run(names),

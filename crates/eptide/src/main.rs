@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     let speaker = match &command {
         Command::Run(args) => args.command.speaker(),
         Command::Demo(args) => args.command.speaker(),
-        Command::Doctor | Command::Exec(_) => Speaker::Machine,
+        Command::Doctor | Command::Exec(_) | Command::Generate(_) => Speaker::Machine,
     };
     match run(&command) {
         Ok(status) => ExitCode::from(status),
@@ -38,6 +38,7 @@ fn run(command: &Command) -> Result<u8, Box<dyn std::error::Error>> {
         Command::Demo(args) => commands::demo::run(args)?,
         Command::Doctor => commands::doctor::run().map(|()| 0)?,
         Command::Exec(args) => match commands::exec::run(args)? {},
+        Command::Generate(args) => commands::generate::run(args).map(|()| 0)?,
         Command::Run(args) => commands::run::run(args)?,
     })
 }

@@ -32,7 +32,7 @@ fn help_names_every_command() {
     let output = eptide(&["--help"]);
     assert!(output.status.success());
     let text = String::from_utf8(output.stdout).unwrap();
-    for command in ["demo", "doctor", "run"] {
+    for command in ["demo", "doctor", "exec", "run"] {
         assert!(text.contains(command), "{text}");
     }
 }
@@ -168,4 +168,18 @@ fn an_image_that_is_not_raw_is_refused_with_the_way_to_make_it_raw() {
             )
         );
     }
+}
+
+#[test]
+fn man_pages_and_completions_are_generated() {
+    let folder = folder("generated");
+    let output = eptide(&["generate", folder.to_str().unwrap()]);
+    assert!(output.status.success(), "{output:?}");
+    let page = fs::read_to_string(folder.join("man1/eptide-run.1")).unwrap();
+    for text in ["\\-\\-timeout", "kernel panic", "122"] {
+        assert!(page.contains(text), "no {text:?} in {page}");
+    }
+    let completions = fs::read_to_string(folder.join("completions/eptide.bash")).unwrap();
+    assert!(completions.contains("--kernel"), "{completions}");
+    assert!(folder.join("completions/_eptide").is_file());
 }

@@ -87,7 +87,7 @@ pub fn cache_folder() -> Result<PathBuf, Error> {
 }
 
 /// `/tmp/eptide-<user ID>`, which must be this user's and nobody else's.
-fn temporary_folder() -> Result<PathBuf, Error> {
+pub fn temporary_folder() -> Result<PathBuf, Error> {
     let user = fs::metadata("/proc/self")
         .map_err(|_| Error::NoCache)?
         .uid();

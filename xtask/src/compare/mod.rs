@@ -156,7 +156,8 @@ fn check_qemu(qemu: &Path) -> Outcome {
 /// The release build of the command, with the preload library beside it.
 fn build_eptide() -> Result<PathBuf, String> {
     let packages = ["--package", "eptide", "--package", "eptide-preload"];
-    cargo(&[&["build", "--release"], &packages[..]].concat(), &[])?;
+    let arguments = [&["build", "--release"], &packages[..]].concat();
+    cargo(&arguments, &[("EPTIDE_EMBED", "off")])?;
     let own = std::env::current_exe().map_err(|error| error.to_string())?;
     let target = own.ancestors().nth(2).unwrap_or(Path::new("target"));
     Ok(target.join("release/eptide"))

@@ -48,6 +48,9 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// Say what this host offers, what guests will see and what limits apply
     Doctor,
+    /// Write man pages and shell completions into a folder
+    #[command(hide = true)]
+    Generate(GenerateArgs),
     /// Run a program that uses KVM, with Eptide as its /dev/kvm
     ///
     /// Any dynamically linked 64-bit program, such as
@@ -59,6 +62,13 @@ pub(crate) enum Command {
     /// runs one command, and the command's exit status is this program's.
     #[command(after_long_help = status_table())]
     Run(RunArgs),
+}
+
+/// Arguments of `generate`.
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    /// Where to
+    pub(crate) folder: PathBuf,
 }
 
 /// Arguments of `exec`.

@@ -13,7 +13,7 @@ use crate::machine::{MachineConfig, MachineError};
 /// The package of the kernel unless another is named.
 const KERNEL: &str = "linux-image-cloud-amd64";
 /// The guest for machines without packages or network; `guests/hello.S` is its source.
-const EMBEDDED_GUEST: &[u8] = include_bytes!("../../../../guests/hello.elf");
+const EMBEDDED_GUEST: &[u8] = include_bytes!("../hello.elf");
 
 /// Why the demonstration cannot start.
 #[derive(Debug, thiserror::Error)]

@@ -4,7 +4,7 @@
 //! So its process is this one: its terminal, descriptors and exit status are its own.
 
 use std::convert::Infallible;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
@@ -17,12 +17,8 @@ use elf::ElfStream;
 use elf::endian::AnyEndian;
 use thiserror::Error;
 
+use super::library::{self, LibraryError};
 use crate::cli::ExecArgs;
-
-/// The library's file name.
-const LIBRARY: &str = "libeptide_preload.so";
-/// Says where the library is instead.
-const LIBRARY_VARIABLE: &str = "EPTIDE_PRELOAD";
 
 /// Why a program cannot run.
 #[derive(Debug, Error)]
@@ -37,14 +33,8 @@ pub(crate) enum ExecError {
     Foreign(PathBuf),
     #[error("{}: changes its user or group when it starts, and then nothing is preloaded", .0.display())]
     Privileged(PathBuf),
-    #[error(
-        "{LIBRARY} is not beside this program ({}); `cargo build --release` makes it, \
-         and {LIBRARY_VARIABLE} can name it",
-        .0.display()
-    )]
-    NoLibrary(PathBuf),
-    #[error("{}: a path with a space or colon cannot be preloaded", .0.display())]
-    Separator(PathBuf),
+    #[error(transparent)]
+    Library(#[from] LibraryError),
     #[error("{}: {error}", path.display())]
     NotStarted { path: PathBuf, error: io::Error },
 }
@@ -56,7 +46,7 @@ pub(crate) fn run(args: &ExecArgs) -> Result<Infallible, ExecError> {
     check(&program)?;
     let mut command = Command::new(&program);
     command.arg0(name).args(arguments);
-    command.env("LD_PRELOAD", preload_list(library()?)?);
+    command.env("LD_PRELOAD", library::preload_list()?);
     if let Some(ept) = args.ept {
         command.env("EPTIDE_EPT", if ept { "on" } else { "off" });
     }
@@ -114,44 +104,4 @@ fn check(program: &Path) -> Result<(), ExecError> {
     } else {
         Err(ExecError::Static(program.into()))
     }
-}
-
-/// The library's file.
-fn library() -> Result<PathBuf, ExecError> {
-    if let Some(named) = std::env::var_os(LIBRARY_VARIABLE) {
-        return Ok(named.into());
-    }
-    let own = std::env::current_exe().unwrap_or_default();
-    let beside = own.with_file_name(LIBRARY);
-    if beside.is_file() {
-        Ok(beside)
-    } else {
-        Err(ExecError::NoLibrary(beside))
-    }
-}
-
-/// The list of libraries to load first: this one, then those there are.
-fn preload_list(library: PathBuf) -> Result<OsString, ExecError> {
-    let library = library
-        .canonicalize()
-        .map_err(|error| ExecError::Unreadable {
-            path: library,
-            error,
-        })?;
-    if library
-        .as_os_str()
-        .as_bytes()
-        .iter()
-        .any(|b| b" :".contains(b))
-    {
-        return Err(ExecError::Separator(library));
-    }
-    let mut list = library.into_os_string();
-    if let Some(others) = std::env::var_os("LD_PRELOAD")
-        && !others.is_empty()
-    {
-        list.push(":");
-        list.push(others);
-    }
-    Ok(list)
 }
