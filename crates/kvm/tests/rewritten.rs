@@ -61,7 +61,7 @@ fn code_changes_while_the_vmm_has_control() {
             write_by_kernel(&machine, FUNCTION, &function(value));
         }
         runs_to_stop(&mut machine);
-        assert_eq!(machine.vcpu().get_regs().unwrap().rax, value.into());
+        assert_eq!(machine.vcpu().get_regs().unwrap().rax, u64::from(value));
     }
 }
 
@@ -141,7 +141,7 @@ fn code_changes_before_an_interrupt() {
         }
         let reaches = |at, value: u8| {
             let start = std::time::Instant::now();
-            while machine.memory.read_u64(at) != value.into() {
+            while machine.memory.read_u64(at) != u64::from(value) {
                 if start.elapsed().as_secs() >= 10 {
                     // The vCPUs' threads end, too.
                     interrupters.iter().for_each(|vcpu| vcpu.interrupt());
