@@ -233,7 +233,7 @@ impl Objects {
         Objects { kvm, vm, vcpus }
     }
 
-    fn call(&self, call: &Call, buffer: &Buffer) -> eptide_kvm::Result<Answer> {
+    fn call(&self, call: &Call, buffer: &Buffer) -> Result<Answer, eptide_kvm::Error> {
         let object = match call.row.kind {
             Kind::System => Object::System(&self.kvm),
             Kind::Vm => Object::Vm(&self.vm),

@@ -6,7 +6,7 @@
 pub use vmm_sys_util::errno::Error;
 
 /// What calls of the KVM API return.
-pub type Result<T> = std::result::Result<T, Error>;
+pub(crate) type Result<T> = std::result::Result<T, Error>;
 
 /// An `Err` holding `errno`.
 pub(crate) fn fail<T>(errno: i32) -> Result<T> {

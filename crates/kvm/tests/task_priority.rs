@@ -4,19 +4,19 @@ mod common;
 
 use common::*;
 use eptide_kvm::ioctl::{Object, TABLE, ioctl};
-use eptide_kvm::{Result, VcpuExit};
+use eptide_kvm::{Error, VcpuExit};
 use kvm_bindings::*;
 
 /// The word of KVM_SET_VAPIC_ADDR.
 const WORD: u64 = 0x6000;
 
-fn call<T>(machine: &Machine, name: &str, mut argument: T) -> Result<()> {
+fn call<T>(machine: &Machine, name: &str, mut argument: T) -> Result<(), Error> {
     let row = TABLE.iter().find(|row| row.name == name).unwrap();
     let at = &raw mut argument as u64;
     ioctl(Object::Vcpu(&machine.vcpus[0]), row.request(), at).map(drop)
 }
 
-fn report(machine: &Machine, enabled: u32) -> Result<()> {
+fn report(machine: &Machine, enabled: u32) -> Result<(), Error> {
     let control = kvm_tpr_access_ctl {
         enabled,
         ..Default::default()
@@ -24,7 +24,7 @@ fn report(machine: &Machine, enabled: u32) -> Result<()> {
     call(machine, "KVM_TPR_ACCESS_REPORTING", control)
 }
 
-fn keep_word_at(machine: &Machine, vapic_addr: u64) -> Result<()> {
+fn keep_word_at(machine: &Machine, vapic_addr: u64) -> Result<(), Error> {
     call(machine, "KVM_SET_VAPIC_ADDR", kvm_vapic_addr { vapic_addr })
 }
 

@@ -89,7 +89,7 @@ pub fn documentation() -> String {
     let mut text = String::from(
         "# The KVM API here\n\n\
          Generated from the ioctl table of `crates/kvm` (`src/ioctl/table.rs`); the test\n\
-         `the_document_is_current` of that crate compares and, with `BLESS=1`, rewrites it.\n\n\
+         `the_document_is_current` of that crate compares and, with `EPTIDE_BLESS=1`, rewrites it.\n\n\
          Requests that are not listed answer ENOTTY, capabilities that are not listed answer 0.\n",
     );
     for (kind, title) in [

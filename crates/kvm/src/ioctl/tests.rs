@@ -172,7 +172,7 @@ fn a_dying_vm_gives_its_vcpus_back() {
 fn the_document_is_current() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/kvm-api.md");
     let text = documentation();
-    if std::env::var_os("BLESS").is_some() {
+    if std::env::var_os("EPTIDE_BLESS").is_some() {
         std::fs::write(path, &text).unwrap();
     }
     let committed = std::fs::read_to_string(path).unwrap_or_default();
