@@ -3,13 +3,14 @@
 use std::process::Command;
 use std::time::Instant;
 
-use crate::{Outcome, licences, test};
+use crate::{Outcome, licences, rules, test};
 
 /// A step's name and what it does.
 type Step = (&'static str, fn() -> Outcome);
 
-const STEPS: [Step; 8] = [
+const STEPS: [Step; 9] = [
     ("format", || cargo(&["fmt", "--all", "--check"], &[])),
+    ("rules", rules::run),
     ("licences", licences::run),
     ("clippy", || {
         cargo(

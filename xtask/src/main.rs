@@ -5,6 +5,7 @@ mod compare;
 mod dist;
 mod fetch;
 mod licences;
+mod rules;
 mod selftests;
 mod test;
 
@@ -17,8 +18,8 @@ const USAGE: &str = "\
 usage: cargo xtask <chore>
 
   check               everything CI checks; the first failing step ends it
-  check <step>…       only these steps: format, licences, clippy, tests, models, doctests,
-                      docs
+  check <step>…       only these steps: format, rules, licences, clippy, tests on kvm-ioctls,
+                      tests, models, doctests, docs
   compare [option…]   the same program on the host, under Eptide and under QEMU TCG, as a table;
                       needs gcc and QEMU
     --exec            QEMU on Eptide instead of eptide run

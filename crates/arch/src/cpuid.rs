@@ -46,7 +46,7 @@ macro_rules! words {
 
         /// A feature bit.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        #[allow(non_camel_case_types)]
+        #[allow(non_camel_case_types, reason = "named as in the SDM")]
         pub enum Feature {
             $($(
                 #[doc = concat!("Bit ", stringify!($bit), " of leaf ", stringify!($leaf), " ", stringify!($register), ".")]

@@ -23,7 +23,7 @@ pub(crate) mod slot {
 /// Encoding order of the general-purpose registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-#[allow(missing_docs)]
+#[allow(missing_docs, reason = "named as in the SDM")]
 pub enum Gpr {
     Rax,
     Rcx,
@@ -107,7 +107,7 @@ impl ExtendedState {
 /// MSRs that live in the processor. Others are the business of whoever handles the exit.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
-#[allow(missing_docs)]
+#[allow(missing_docs, reason = "named as in the SDM")]
 pub struct Msrs {
     pub star: u64,
     pub lstar: u64,

@@ -51,7 +51,7 @@ pub const KVM_FEATURES: u32 = 0x4000_0001;
 
 /// Bits of [`KVM_FEATURES`] EAX.
 pub mod pv {
-    #![allow(missing_docs)]
+    #![allow(missing_docs, reason = "named as in the kernel's documentation")]
     pub const CLOCKSOURCE: u32 = 1 << 0;
     pub const NOP_IO_DELAY: u32 = 1 << 1;
     pub const CLOCKSOURCE2: u32 = 1 << 3;

@@ -125,7 +125,10 @@ impl RunArea {
     /// No other reference to it may be in use: the caller holds the vCPU's lock and user space,
     /// whose turn it is not, touches only `immediate_exit`, which is read with
     /// [`RunArea::immediate_exit`].
-    #[allow(clippy::mut_from_ref)]
+    #[allow(
+        clippy::mut_from_ref,
+        reason = "the lock that the caller holds makes it exclusive"
+    )]
     pub(crate) unsafe fn get(&self) -> &mut kvm_run {
         // SAFETY: the mapping is page-aligned, larger than `kvm_run`, and zeroed memory is a
         // valid value; aliasing is the caller's promise.

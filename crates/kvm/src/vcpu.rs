@@ -319,7 +319,10 @@ impl Vcpu {
     }
 
     /// `kvm_run`, for the thread that holds the vCPU's lock (which `_core` proves).
-    #[allow(clippy::mut_from_ref)]
+    #[allow(
+        clippy::mut_from_ref,
+        reason = "the lock that `_core` proves makes it exclusive"
+    )]
     pub(crate) fn kvm_run(&self, _core: &Core) -> &mut kvm_run {
         // SAFETY: the caller holds the vCPU's lock, under which alone this reference is made, and
         // uses one at a time.

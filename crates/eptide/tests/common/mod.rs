@@ -1,6 +1,6 @@
 //! Running the `eptide` command on guests.
 
-#![allow(dead_code)] // each test program uses its own part
+#![allow(dead_code, reason = "each test program uses its own part")]
 
 use std::fs;
 use std::io::Read;

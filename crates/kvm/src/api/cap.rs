@@ -6,7 +6,7 @@ use kvm_bindings::*;
 /// `kvm-ioctls`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-#[allow(missing_docs)]
+#[allow(missing_docs, reason = "named as in the KVM API documentation")]
 pub enum Cap {
     Irqchip = KVM_CAP_IRQCHIP,
     Hlt = KVM_CAP_HLT,
