@@ -100,7 +100,7 @@ const HOSTED: &[Feature] = &[
     Feature::XSAVES,
 ];
 
-fn host_cpuid(leaf: u32, subleaf: u32) -> Output {
+pub(crate) fn host_cpuid(leaf: u32, subleaf: u32) -> Output {
     use core::arch::x86_64::{__cpuid, __cpuid_count};
     let highest = __cpuid(leaf & 0x8000_0000).eax;
     if leaf > highest {

@@ -36,13 +36,7 @@ const WITHHELD: &[Feature] = &[
     Feature::WAITPKG,
     Feature::PKS,
     Feature::RTM,
-    // PKRU is not among the extended-state components offered, and systems expect it there.
-    Feature::PKU,
 ];
-
-/// Features that would work but cost guests something, so that only a host that has them is a
-/// reason to offer them: a fifth level makes every walk longer.
-const AS_HOST: &[Feature] = &[Feature::LA57];
 
 /// Signature leaf of KVM's paravirtual features.
 pub const KVM_SIGNATURE: u32 = 0x4000_0000;
@@ -88,17 +82,19 @@ fn host(leaf: u32, subleaf: u32) -> Output {
 /// The features that can be offered to a guest.
 pub fn supported_features() -> Features {
     let mut features = cpu::Vcpu::host_features().with(EMULATED);
-    let own = Features::read(host);
-    let absent = AS_HOST.iter().filter(|&&feature| !own.has(feature));
-    for &feature in DYNAMIC.iter().chain(WITHHELD).chain(absent) {
+    for &feature in DYNAMIC.iter().chain(WITHHELD) {
         features.remove(feature);
+    }
+    // Systems expect PKRU among the components of extended state.
+    if !features.has(Feature::XSAVE) {
+        features.remove(Feature::PKU);
     }
     features
 }
 
 /// XCR0 bits that can be offered.
 pub fn supported_xcr0() -> u64 {
-    let all = Xcr0::X87 | Xcr0::SSE | Xcr0::AVX;
+    let all = Xcr0::X87 | Xcr0::SSE | Xcr0::AVX | Xcr0::PKRU;
     cpu::Vcpu::host_xsave_components() & all.bits()
 }
 
@@ -112,13 +108,22 @@ pub fn max_physical_bits() -> u8 {
     host_bits.clamp(36, 48)
 }
 
+/// The components of `xcr0` that lie behind the XSAVE header, as number, offset in the standard format
+/// and size.
+pub(crate) fn extended_components(xcr0: u64) -> impl Iterator<Item = (u32, u32, u32)> {
+    (2..63)
+        .filter(move |n| xcr0 >> n & 1 != 0)
+        .filter_map(|n| cpu::Vcpu::xsave_component(n).map(|(offset, size)| (n, offset, size)))
+}
+
 /// Size of the XSAVE area for the components in `xcr0`, standard format.
 pub fn xsave_size(xcr0: u64) -> u32 {
-    if xcr0 & Xcr0::AVX.bits() != 0 {
-        576 + 256
-    } else {
-        576
-    }
+    extended_components(xcr0).fold(576, |end, (_, offset, size)| end.max(offset + size))
+}
+
+/// The same in compacted format.
+fn compacted_size(xcr0: u64) -> u32 {
+    extended_components(xcr0).fold(576, |end, (.., size)| end + size)
 }
 
 fn entry(function: u32, index: Option<u32>, output: Output) -> kvm_cpuid_entry2 {
@@ -217,9 +222,10 @@ fn xsave_leaves(features: &Features, entries: &mut Vec<kvm_cpuid_entry2>) {
         Output([xcr0 as u32, size, size, (xcr0 >> 32) as u32]),
     ));
     let extensions = features.word(Word::Leafd1Eax);
-    entries.push(entry(0xd, Some(1), Output([extensions, size, 0, 0])));
-    if xcr0 & Xcr0::AVX.bits() != 0 {
-        entries.push(entry(0xd, Some(2), Output([256, 576, 0, 0])));
+    let compacted = compacted_size(xcr0);
+    entries.push(entry(0xd, Some(1), Output([extensions, compacted, 0, 0])));
+    for (number, offset, size) in extended_components(xcr0) {
+        entries.push(entry(0xd, Some(number), Output([size, offset, 0, 0])));
     }
 }
 
@@ -475,7 +481,7 @@ fn apply_dynamic(function: u32, index: u32, mut output: Output, dynamic: &Dynami
         }
         (7, 0) => set(&mut output, Feature::OSPKE, dynamic.cr4.contains(Cr4::PKE)),
         (0xd, 0) => output.0[1] = xsave_size(dynamic.xcr0),
-        (0xd, 1) if output.0[0] & 0b1010 != 0 => output.0[1] = xsave_size(dynamic.xcr0),
+        (0xd, 1) if output.0[0] & 0b1010 != 0 => output.0[1] = compacted_size(dynamic.xcr0),
         (KVM_FEATURES, _) if dynamic.halts_in_guest => output.0[0] &= !pv::PV_UNHALT,
         (0x8000_0001, _) if dynamic.misc_enable & misc_enable::XD_DISABLE != 0 => {
             set(&mut output, Feature::NX, false);

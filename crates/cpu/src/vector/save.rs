@@ -5,6 +5,7 @@
 
 use super::form::Family;
 use crate::execute::attempt;
+use crate::features::host_cpuid;
 use crate::op::{Flow, Op, Stop};
 use crate::state::ExtendedState;
 use crate::vcpu::{Cause, Vcpu};
@@ -12,6 +13,7 @@ use arch::control_registers::{Cr4, Xcr0};
 use arch::controls::SecondaryControls;
 use arch::cpuid::Feature;
 use arch::exit::{ExitReason, VmExit};
+use std::sync::OnceLock;
 
 /// The instruction of the XSAVE family: values of `aux`.
 pub(super) mod kind {
@@ -40,17 +42,30 @@ const BASE: usize = 576;
 /// XCOMP_BV: the area is compacted.
 const COMPACTED: u64 = 1 << 63;
 
-/// A component beyond the legacy region: number, offset in the standard format, size.
-const EXTENDED: [(u32, usize, usize); 2] = [(2, 576, 256), (9, 2688, 8)];
+/// PKRU's component.
+const PKRU: u32 = 9;
+
+/// The components beyond the legacy region: number, offset in the standard format, size.
+///
+/// Makers put PKRU at different offsets, and VMMs take the host's for the guest's: here it is the
+/// host's, too, and Intel's where the host has none.
+fn extended() -> [(u32, usize, usize); 2] {
+    static OFFSET: OnceLock<usize> = OnceLock::new();
+    let pkru = *OFFSET.get_or_init(|| match host_cpuid(0xd, PKRU).0 {
+        [0, ..] => 2688,
+        [_, offset, ..] => offset as usize,
+    });
+    [(2, BASE, 256), (PKRU, pkru, 8)]
+}
 
 impl Vcpu {
     /// Offset and size of an XSAVE component in the standard format, as CPUID leaf 0DH reports
     /// them; `None` for components this processor does not have.
     pub fn xsave_component(number: u32) -> Option<(u32, u32)> {
-        EXTENDED
-            .iter()
+        extended()
+            .into_iter()
             .find(|(n, ..)| *n == number)
-            .map(|&(_, offset, size)| (offset as u32, size as u32))
+            .map(|(_, offset, size)| (offset as u32, size as u32))
     }
 
     fn general_if(&mut self, bad: bool) -> Result<(), Stop> {
@@ -64,15 +79,15 @@ impl Vcpu {
     /// The component's bytes as the standard format holds them.
     fn component(&self, number: u32) -> Vec<u8> {
         match number {
-            9 => {
+            PKRU => {
                 let mut bytes = vec![0; 8];
                 bytes[..4].copy_from_slice(&self.state.pkru.to_le_bytes());
                 bytes
             }
-            _ => EXTENDED
-                .iter()
+            _ => extended()
+                .into_iter()
                 .find(|(n, ..)| *n == number)
-                .map(|&(_, offset, size)| {
+                .map(|(_, offset, size)| {
                     let size = self.reachable(number, size);
                     self.state.extended.0[offset..offset + size].to_vec()
                 })
@@ -81,12 +96,12 @@ impl Vcpu {
     }
 
     fn set_component(&mut self, number: u32, bytes: &[u8]) {
-        if number == 9 {
+        if number == PKRU {
             self.state.pkru = u32::from_le_bytes(bytes[..4].try_into().unwrap_or_default());
             self.update_context();
             return;
         }
-        if let Some(&(_, offset, _)) = EXTENDED.iter().find(|(n, ..)| *n == number) {
+        if let Some((_, offset, _)) = extended().into_iter().find(|(n, ..)| *n == number) {
             self.state.extended.0[offset..offset + bytes.len()].copy_from_slice(bytes);
         }
     }
@@ -210,7 +225,7 @@ impl Vcpu {
 fn compacted(components: u64) -> (Vec<(u32, usize, usize)>, usize) {
     let mut at = BASE;
     let mut places = Vec::new();
-    for (number, _, size) in EXTENDED {
+    for (number, _, size) in extended() {
         if components >> number & 1 != 0 {
             places.push((number, at, size));
             at += size;
@@ -220,7 +235,7 @@ fn compacted(components: u64) -> (Vec<(u32, usize, usize)>, usize) {
 }
 
 fn standard(components: u64) -> (Vec<(u32, usize, usize)>, usize) {
-    let places: Vec<_> = EXTENDED
+    let places: Vec<_> = extended()
         .into_iter()
         .filter(|(n, ..)| components >> n & 1 != 0)
         .collect();
@@ -343,7 +358,7 @@ pub(super) fn xrstor(cpu: &mut Vcpu, op: &Op) -> Flow {
         components & (Xcr0::SSE | Xcr0::AVX).bits() != 0
     };
     attempt!(cpu.general_if(loads_mxcsr && mxcsr & !MXCSR_MASK != 0));
-    let mut extended = Vec::new();
+    let mut loaded = Vec::new();
     for (number, offset, size) in places {
         if components >> number & 1 == 0 {
             continue;
@@ -353,13 +368,13 @@ pub(super) fn xrstor(cpu: &mut Vcpu, op: &Op) -> Flow {
             let at = address.wrapping_add(offset as u64);
             attempt!(cpu.read_bytes(at, op.segment, &mut bytes));
         }
-        extended.push((number, bytes));
+        loaded.push((number, bytes));
     }
     // Components of `components` that the compacted layout lacks become initial too.
     if compact {
-        for (number, _, size) in EXTENDED {
+        for (number, _, size) in extended() {
             if components >> number & 1 != 0 && layout >> number & 1 == 0 {
-                extended.push((number, vec![0; cpu.reachable(number, size)]));
+                loaded.push((number, vec![0; cpu.reachable(number, size)]));
             }
         }
     }
@@ -390,7 +405,7 @@ pub(super) fn xrstor(cpu: &mut Vcpu, op: &Op) -> Flow {
     } else if compact && components & Xcr0::SSE.bits() != 0 {
         cpu.state.extended.set_mxcsr(ExtendedState::MXCSR_RESET);
     }
-    for (number, bytes) in extended {
+    for (number, bytes) in loaded {
         cpu.set_component(number, &bytes);
     }
     Flow::Next

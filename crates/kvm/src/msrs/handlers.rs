@@ -10,8 +10,11 @@ use arch::msr::{self, misc_enable};
 use arch::segment::SegmentName;
 
 /// What IA32_ARCH_CAPABILITIES claims: this processor does not speculate past permission checks
-/// (RDCL_NO), nor leak through buffers (MDS_NO, TAA_NO), and needs no flush on entry.
-pub(super) const ARCH_CAPABILITIES: u64 = 1 << 0 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 8;
+/// (RDCL_NO), nor leak through buffers (MDS_NO, TAA_NO), not those of accesses to devices either
+/// (SBDR_SSDP_NO, FBSDP_NO, PSDP_NO), takes no indirect branch by where in its cache line it is
+/// (ITS_NO), and needs no flush on entry.
+pub(super) const ARCH_CAPABILITIES: u64 =
+    1 << 0 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 13 | 1 << 14 | 1 << 15 | 1 << 62;
 /// The microcode revision that KVM reports for guests, in the upper half.
 pub(super) const MICROCODE_REVISION: u64 = 0x1_0000_0000;
 /// AMD: LFENCE is dispatch-serializing.

@@ -5,6 +5,12 @@ use super::*;
 /// MXCSR bits that the processor implements.
 const MXCSR_MASK: u32 = 0xffff;
 
+/// Where PKRU is in the standard format.
+fn pkru() -> std::ops::Range<usize> {
+    let (at, _) = cpu::Vcpu::xsave_component(9).unwrap_or_default();
+    at as usize..at as usize + 4
+}
+
 impl Core {
     /// KVM_GET_FPU.
     pub(crate) fn fpu(&self) -> kvm_fpu {
@@ -58,11 +64,16 @@ impl Core {
     /// KVM_GET_XSAVE: the standard format, every offered component present.
     pub(crate) fn xsave(&self) -> Box<kvm_xsave> {
         let mut xsave = Box::<kvm_xsave>::default();
-        let size = crate::cpuid::xsave_size(crate::cpuid::supported_xcr0()) as usize;
         let mut bytes = [0; 4096];
-        bytes[..size].copy_from_slice(&self.cpu.state.extended.0[..size]);
+        let area = &self.cpu.state.extended.0;
+        // Up to the end of what the processor keeps here.
+        let end = ExtendedState::YMM_HIGH + 256;
+        bytes[..end].copy_from_slice(&area[..end]);
         let header = ExtendedState::HEADER;
         let present = crate::cpuid::supported_xcr0();
+        if present & Xcr0::PKRU.bits() != 0 {
+            bytes[pkru()].copy_from_slice(&self.cpu.state.pkru.to_le_bytes());
+        }
         bytes[header..header + 64].fill(0);
         bytes[header..header + 8].copy_from_slice(&present.to_le_bytes());
         bytes[28..32].copy_from_slice(&MXCSR_MASK.to_le_bytes());
@@ -104,6 +115,11 @@ impl Core {
             let range = ExtendedState::YMM_HIGH..ExtendedState::YMM_HIGH + 256;
             next.0[range.clone()].copy_from_slice(&bytes[range]);
         }
+        let mut keys = [0; 4];
+        if present & Xcr0::PKRU.bits() != 0 {
+            keys.copy_from_slice(&bytes[pkru()]);
+        }
+        self.cpu.state.pkru = u32::from_le_bytes(keys);
         next.0[header..header + 8].copy_from_slice(&offered.to_le_bytes());
         self.cpu.state.extended = next;
         Ok(())
