@@ -90,6 +90,8 @@ pub(crate) fn check(capability: u32) -> i32 {
         | KVM_CAP_BINARY_STATS_FD
         | KVM_CAP_VCPU_ATTRIBUTES
         | KVM_CAP_STEAL_TIME
+        | KVM_CAP_ASYNC_PF
+        | KVM_CAP_ASYNC_PF_INT
         | KVM_CAP_SYS_ATTRIBUTES
         | KVM_CAP_X86_SMM
         | KVM_CAP_VAPIC

@@ -49,6 +49,7 @@ pub mod pv {
     pub const CLOCKSOURCE: u32 = 1 << 0;
     pub const NOP_IO_DELAY: u32 = 1 << 1;
     pub const CLOCKSOURCE2: u32 = 1 << 3;
+    pub const ASYNC_PF: u32 = 1 << 4;
     pub const STEAL_TIME: u32 = 1 << 5;
     pub const PV_EOI: u32 = 1 << 6;
     pub const PV_UNHALT: u32 = 1 << 7;
@@ -56,6 +57,7 @@ pub mod pv {
     pub const PV_SEND_IPI: u32 = 1 << 11;
     pub const POLL_CONTROL: u32 = 1 << 12;
     pub const PV_SCHED_YIELD: u32 = 1 << 13;
+    pub const ASYNC_PF_INT: u32 = 1 << 14;
     pub const MSI_EXT_DEST_ID: u32 = 1 << 15;
     pub const CLOCKSOURCE_STABLE: u32 = 1 << 24;
 
@@ -63,6 +65,8 @@ pub mod pv {
     pub const SUPPORTED: u32 = CLOCKSOURCE
         | NOP_IO_DELAY
         | CLOCKSOURCE2
+        | ASYNC_PF
+        | ASYNC_PF_INT
         | STEAL_TIME
         | PV_EOI
         | PV_UNHALT

@@ -326,6 +326,13 @@ static TABLE: &[Row] = &[
     )
     .paravirtual(pv::CLOCKSOURCE2),
     one(
+        msr::KVM_ASYNC_PF_EN,
+        State,
+        h::read_stored,
+        h::write_async_page_faults,
+    )
+    .paravirtual(pv::ASYNC_PF),
+    one(
         msr::KVM_STEAL_TIME,
         State,
         h::read_stored,
@@ -340,6 +347,14 @@ static TABLE: &[Row] = &[
         h::write_poll_control,
     )
     .paravirtual(pv::POLL_CONTROL),
+    one(
+        msr::KVM_ASYNC_PF_INT,
+        State,
+        h::read_stored,
+        h::write_async_vector,
+    )
+    .paravirtual(pv::ASYNC_PF_INT),
+    one(msr::KVM_ASYNC_PF_ACK, State, h::read_zero, h::ignore).paravirtual(pv::ASYNC_PF_INT),
     one(msr::EFER, State, h::read_efer, h::write_efer),
     one(msr::STAR, State, h::read_cpu, h::write_cpu),
     one(msr::LSTAR, State, h::read_cpu, h::write_cpu_address),

@@ -268,3 +268,31 @@ fn machine_check_banks_have_their_registers() {
         assert!(!guest.write(first + 2 * step, 0), "{first:#x}");
     }
 }
+
+/// The registers of asynchronous page faults. Source: the kernel's "KVM-specific MSRs".
+#[test]
+fn asynchronous_page_faults_are_accepted_by_interrupt() {
+    const ENABLE: u32 = 0x4b56_4d02;
+    const VECTOR: u32 = 0x4b56_4d06;
+    const ACKNOWLEDGE: u32 = 0x4b56_4d07;
+    let mut guest = Guest::with(|_| {});
+    let cpuid = guest.machine.kvm.get_supported_cpuid(256).unwrap();
+    let features = cpuid.as_slice().iter().find(|e| e.function == 0x4000_0001);
+    let features = features.unwrap().eax;
+    assert_eq!(features >> 4 & 1, 1, "KVM_FEATURE_ASYNC_PF");
+    assert_eq!(features >> 14 & 1, 1, "KVM_FEATURE_ASYNC_PF_INT");
+    assert_eq!(features >> 10 & 1, 0, "KVM_FEATURE_ASYNC_PF_VMEXIT");
+    for (index, value, is_good) in [
+        (VECTOR, 0xf3, true),
+        (VECTOR, 0x1f3, false),
+        (ENABLE, 0x6000 | 0b1011, true),
+        (ENABLE, 0x6000 | 0b0100, false),
+        (ENABLE, 0x6000 | 0b1_0001, false),
+        (ENABLE, 0x6000 | 0b10_0001, false),
+        (ACKNOWLEDGE, 1, true),
+    ] {
+        assert_eq!(guest.write(index, value), is_good, "{index:#x} {value:#x}");
+    }
+    let read = [ENABLE, VECTOR, ACKNOWLEDGE].map(|index| guest.read(index));
+    assert_eq!(read, [Some(0x600b), Some(0xf3), Some(0)]);
+}

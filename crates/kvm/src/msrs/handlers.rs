@@ -1,6 +1,7 @@
 //! The functions that [`super::TABLE`] names.
 
 use super::{Access, MsrError};
+use crate::cpuid::pv;
 use crate::irqchip::lapic::reg;
 use crate::time::{GuestTsc, tsc};
 use arch::addr::Gva;
@@ -593,6 +594,26 @@ pub(super) fn write_pv_eoi(access: &mut Access<'_>, value: u64) -> Result<()> {
 
 pub(super) fn write_poll_control(access: &mut Access<'_>, value: u64) -> Result<()> {
     if value & !1 != 0 {
+        return Err(INVALID);
+    }
+    write_stored(access, value)
+}
+
+/// Where and how the guest wants to hear of pages that are not there. It never does: here an access
+/// waits for its page, as KVM's may.
+pub(super) fn write_async_page_faults(access: &mut Access<'_>, value: u64) -> Result<()> {
+    const AS_EXIT: u64 = 1 << 2;
+    const BY_INTERRUPT: u64 = 1 << 3;
+    const RESERVED: u64 = 0x30 | AS_EXIT;
+    let by_interrupt = value & BY_INTERRUPT != 0;
+    if value & RESERVED != 0 || by_interrupt && !access.core.offers_paravirtual(pv::ASYNC_PF_INT) {
+        return Err(INVALID);
+    }
+    write_stored(access, value)
+}
+
+pub(super) fn write_async_vector(access: &mut Access<'_>, value: u64) -> Result<()> {
+    if value >> 8 != 0 {
         return Err(INVALID);
     }
     write_stored(access, value)
