@@ -13,6 +13,8 @@ mod devices;
 mod events;
 #[path = "execution_traps.rs"]
 mod execution_traps;
+#[path = "forms.rs"]
+mod forms;
 #[path = "guests.rs"]
 mod guests;
 #[path = "halts.rs"]
