@@ -8,6 +8,9 @@ use std::io::{self, IsTerminal, Read};
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crate::machine::verdict::Verdict;
 
 /// Settings from before the terminal was made raw.
 static SAVED: OnceLock<libc::termios> = OnceLock::new();
@@ -205,6 +208,8 @@ pub(crate) struct EscapeFilter {
 }
 
 const CTRL_A: u8 = 1;
+/// Ends a terminal's input.
+const CTRL_D: u8 = 4;
 
 impl EscapeFilter {
     /// Sorts what came in.
@@ -228,8 +233,12 @@ pub(crate) type Receiver = Box<dyn FnMut(&[u8]) + Send>;
 
 /// Reads standard input on a thread of its own and hands it on. The thread ends with the process:
 /// a blocking read cannot be called back.
+///
+/// A guest with a `verdict` says when it listens: what comes from a file or a pipe waits for that,
+/// and is followed by the key that ends input. A person sees what they do.
 pub(crate) fn spawn_input(
     mut receive: Receiver,
+    verdict: Option<Verdict>,
     leave: impl Fn() + Send + 'static,
 ) -> io::Result<()> {
     let interactive = match input() {
@@ -241,6 +250,10 @@ pub(crate) fn spawn_input(
     std::thread::Builder::new()
         .name("input".into())
         .spawn(move || {
+            let verdict = verdict.filter(|_| !interactive);
+            if let Some(verdict) = &verdict {
+                verdict.wait_until_ready();
+            }
             let mut buffer = [0; 256];
             while let Ok(count @ 1..) = io::stdin().read(&mut buffer) {
                 match interactive {
@@ -250,6 +263,11 @@ pub(crate) fn spawn_input(
                     },
                     false => receive(&buffer[..count]),
                 }
+            }
+            // A shell takes the key only at its prompt, and may not be there yet.
+            while verdict.is_some() {
+                std::thread::sleep(Duration::from_secs(1));
+                receive(&[CTRL_D]);
             }
         })?;
     Ok(())

@@ -5,7 +5,9 @@ mod common;
 use std::fs;
 use std::process::{Command, Stdio};
 
-use common::{Transcript, cloud_kernel, eptide, folder, long_tests, own_guest, run};
+use common::{
+    Transcript, cloud_kernel, eptide, folder, long_tests, own_guest, run, run_with_input,
+};
 
 /// `eptide run` with one of the project's own guests.
 fn run_own(guest: &str) -> Command {
@@ -193,6 +195,24 @@ fn a_kernel_boots_for_nothing_and_the_status_says_why() {
     transcript
         .expect_status(124)
         .expect_message("  | started\n");
+}
+
+#[test]
+fn a_demonstration_boots_for_what_is_piped_to_it() {
+    if !long_tests() {
+        return;
+    }
+    let mut command = eptide();
+    command.args(["demo", "--timeout", "5m"]);
+    let lines = b"echo answer: $((6 * 7))\ntest -e /dev/null && echo second\n";
+    let transcript = run_with_input(&mut command, lines);
+    transcript
+        .expect_status(0)
+        .expect("\nanswer: 42\n")
+        .expect("\nsecond\n")
+        .expect("reboot: Power down");
+    let transcript = run_with_input(&mut exec("sort; exit 4"), b"b\na\n");
+    transcript.expect_status(4).expect("\na\nb\n");
 }
 
 #[test]

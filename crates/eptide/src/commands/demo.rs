@@ -61,7 +61,8 @@ pub(crate) fn run(args: &DemoArgs) -> Result<u8, DemoError> {
     say(&format!("booting {}", guest.description));
     let speaker = args.command.speaker();
     let config = MachineConfig {
-        reports: speaker == Speaker::Command || !args.modules.is_empty(),
+        // The embedded guest has no initramfs, and nothing to say.
+        reports: guest.initrd.is_some(),
         ..args
             .machine
             .with_kernel(guest.kernel, guest.initrd, guest.command_line)

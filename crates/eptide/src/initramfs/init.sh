@@ -48,6 +48,8 @@ show_machine() {
 }
 [ -e /plain ] || show_machine
 
+# From here on, what the host has to type is read.
+report ready
 if [ -x /command ]; then
     if option eptide.batch; then
         /command </dev/null

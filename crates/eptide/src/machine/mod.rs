@@ -28,7 +28,7 @@ pub(crate) mod layout;
 pub(crate) mod memory;
 pub(crate) mod outcome;
 pub(crate) mod vcpu;
-mod verdict;
+pub(crate) mod verdict;
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -111,7 +111,8 @@ pub(crate) struct MachineConfig {
     pub(crate) ept: Option<bool>,
     /// Time after which the guest is ended.
     pub(crate) timeout: Option<Duration>,
-    /// The guest reports on the second serial port how its command or its set-up ended.
+    /// The guest is one that reports on the second serial port: when it reads its input, and how its
+    /// command or its set-up ended.
     pub(crate) reports: bool,
     /// Nothing is said but errors.
     pub(crate) quiet: bool,
@@ -192,6 +193,7 @@ pub(crate) struct Machine {
     signals: Signals,
     watch: Watch,
     verdict: Verdict,
+    reports: bool,
     timeout: Option<Duration>,
     quiet: bool,
     // Mapped into the guest for as long as the VM lives.
@@ -232,6 +234,7 @@ impl Machine {
             signals,
             watch: Watch::default(),
             verdict: Verdict::default(),
+            reports: config.reports,
             timeout: config.timeout,
             quiet: config.quiet,
             memory,
@@ -424,7 +427,8 @@ impl Machine {
         }
         if let Some(receive) = self.input.take() {
             let stop = self.stop.clone();
-            terminal::spawn_input(receive, move || stop.request(Outcome::Quit))?;
+            let verdict = self.reports.then(|| self.verdict.clone());
+            terminal::spawn_input(receive, verdict, move || stop.request(Outcome::Quit))?;
         }
         Ok(terminal)
     }

@@ -4,15 +4,16 @@
 //! that the kernel itself writes nothing to. The initramfs writes lines:
 //!
 //! ```text
+//! eptide ready            the console's input is read from now on
 //! eptide status 3         the command has ended
 //! eptide failed WORDS     the set-up went wrong before it could start
 //! ```
 //!
-//! The first line counts. The guest goes on to switch itself off, so that its disks are written;
+//! The first line of the latter two counts. The guest goes on to switch itself off, so that its disks are written;
 //! where its kernel does not know how, the machine is stopped a little later.
 
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
@@ -25,20 +26,43 @@ const GRACE: Duration = Duration::from_secs(20);
 
 /// What was said so far.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Verdict(Arc<Mutex<Option<Outcome>>>);
+pub(crate) struct Verdict(Arc<(Mutex<Said>, Condvar)>);
+
+#[derive(Debug, Default)]
+struct Said {
+    is_ready: bool,
+    outcome: Option<Outcome>,
+}
 
 impl Verdict {
     /// The outcome that the guest spoke of.
     pub(crate) fn get(&self) -> Option<Outcome> {
-        let said = self.0.lock().unwrap_or_else(|poison| poison.into_inner());
-        said.clone()
+        self.said().outcome.clone()
+    }
+
+    /// Waits until the guest reads the console's input.
+    pub(crate) fn wait_until_ready(&self) {
+        let mut said = self.said();
+        while !said.is_ready {
+            let woken = self.0.1.wait(said);
+            said = woken.unwrap_or_else(|poison| poison.into_inner());
+        }
+    }
+
+    fn is_ready(&self) {
+        self.said().is_ready = true;
+        self.0.1.notify_all();
+    }
+
+    fn said(&self) -> MutexGuard<'_, Said> {
+        self.0.0.lock().unwrap_or_else(|poison| poison.into_inner())
     }
 
     /// Notes the outcome; whether it is the first.
     fn say(&self, outcome: Outcome) -> bool {
-        let mut said = self.0.lock().unwrap_or_else(|poison| poison.into_inner());
-        let is_first = said.is_none();
-        said.get_or_insert(outcome);
+        let mut said = self.said();
+        let is_first = said.outcome.is_none();
+        said.outcome.get_or_insert(outcome);
         is_first
     }
 }
@@ -62,6 +86,9 @@ impl Listener {
 
     fn end_line(&mut self) {
         let line = String::from_utf8_lossy(&self.line);
+        if line.trim() == "eptide ready" {
+            self.verdict.is_ready();
+        }
         if let Some(outcome) = understand(line.trim())
             && self.verdict.say(outcome.clone())
         {
@@ -123,6 +150,19 @@ mod tests {
         );
         let failed = b"noise\neptide failed module x\neptide status 0\n";
         assert_eq!(verdict(failed), Some(Outcome::Failure("module x".into())));
+    }
+
+    #[test]
+    fn input_waits_for_the_guest() {
+        let verdict = Verdict::default();
+        let mut listener = Listener::new(verdict.clone(), Stop::new().unwrap());
+        let waiting = thread::spawn({
+            let verdict = verdict.clone();
+            move || verdict.wait_until_ready()
+        });
+        listener.write_all(b"\neptide ready\r\n").unwrap();
+        waiting.join().unwrap();
+        assert_eq!(verdict.get(), None);
     }
 
     #[test]

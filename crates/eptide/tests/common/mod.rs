@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test program uses its own part")]
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -130,14 +130,25 @@ impl Transcript {
     }
 }
 
-/// Starts `eptide` and waits for its end.
+/// Starts `eptide`, with nothing to read, and waits for its end.
 pub(crate) fn run(command: &mut Command) -> Transcript {
+    run_to_end(command.stdin(Stdio::null()), &[])
+}
+
+/// The same, with something to read.
+pub(crate) fn run_with_input(command: &mut Command, input: &[u8]) -> Transcript {
+    run_to_end(command.stdin(Stdio::piped()), input)
+}
+
+fn run_to_end(command: &mut Command, input: &[u8]) -> Transcript {
     let mut child = command
-        .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
+    if let Some(mut pipe) = child.stdin.take() {
+        pipe.write_all(input).unwrap();
+    }
     let console = reader(child.stdout.take().unwrap());
     let messages = reader(child.stderr.take().unwrap());
     let status = wait(&mut child);
