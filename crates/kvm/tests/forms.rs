@@ -1,5 +1,6 @@
 //! Every instruction form with an operand in memory, where the memory is a device, partly a device, or
-//! may only be read: what it does is what it does in memory.
+//! may only be read: what it does is what it does in memory. And where it ends at its segment's limit,
+//! or behind it.
 //!
 //! The forms are found by decoding every opcode of every map with every prefix that tells forms apart.
 
@@ -166,7 +167,12 @@ fn has_memory(i: &Instruction) -> bool {
     let string = (0..i.op_count()).any(|n| {
         matches!(
             i.op_kind(n),
-            OpKind::MemorySegRSI | OpKind::MemorySegRDI | OpKind::MemoryESRDI
+            OpKind::MemorySegRSI
+                | OpKind::MemorySegRDI
+                | OpKind::MemoryESRDI
+                | OpKind::MemorySegESI
+                | OpKind::MemorySegEDI
+                | OpKind::MemoryESEDI
         )
     });
     // Gathers have an index of vectors; strings of ports have a test of their own.
@@ -175,16 +181,16 @@ fn has_memory(i: &Instruction) -> bool {
         .iter()
         .chain(&[Mnemonic::Outsb, Mnemonic::Outsw, Mnemonic::Outsd])
         .any(|&m| m == i.mnemonic());
-    let based = !explicit || i.memory_base() == Register::RBX;
+    let based = !explicit || matches!(i.memory_base(), Register::RBX | Register::EBX);
     (explicit || string) && based && !gathers && !ports
 }
 
 /// Adds the form that `head` begins, if it is one.
-fn decode(head: &[u8], forms: &mut BTreeMap<Code, Vec<u8>>) {
+fn decode(bits: u32, head: &[u8], forms: &mut BTreeMap<Code, Vec<u8>>) {
     let mut bytes = head.to_vec();
     // No displacement, and an immediate operand of 1.
     bytes.extend([1, 0, 0, 0, 0, 0, 0, 0]);
-    let mut decoder = Decoder::with_ip(64, &bytes, CODE, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(bits, &bytes, CODE, DecoderOptions::NONE);
     let instruction = decoder.decode();
     if !instruction.is_invalid() && has_memory(&instruction) {
         bytes.truncate(instruction.len());
@@ -192,8 +198,8 @@ fn decode(head: &[u8], forms: &mut BTreeMap<Code, Vec<u8>>) {
     }
 }
 
-/// One encoding of each form.
-fn forms() -> BTreeMap<Code, Vec<u8>> {
+/// One encoding of each form of 64- or 32-bit code.
+fn forms(bits: u32) -> BTreeMap<Code, Vec<u8>> {
     let mut forms = BTreeMap::new();
     let maps: [&[u8]; 4] = [&[], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]];
     let prefixes: [&[u8]; 9] = [
@@ -211,7 +217,7 @@ fn forms() -> BTreeMap<Code, Vec<u8>> {
         for register in 0..8 {
             let modrm = 0x03 | register << 3;
             for (map, prefix) in maps.iter().flat_map(|m| prefixes.map(|p| (m, p))) {
-                decode(&[prefix, map, &[opcode, modrm]].concat(), &mut forms);
+                decode(bits, &[prefix, map, &[opcode, modrm]].concat(), &mut forms);
             }
             for map in 1..=3 {
                 for rest in 0..16 {
@@ -219,7 +225,7 @@ fn forms() -> BTreeMap<Code, Vec<u8>> {
                     let last = rest >> 3 << 7 | 0xe << 3 | rest & 7;
                     let none = last | 0xf << 3;
                     for last in [last, none] {
-                        decode(&[0xc4, 0xe0 | map, last, opcode, modrm], &mut forms);
+                        decode(bits, &[0xc4, 0xe0 | map, last, opcode, modrm], &mut forms);
                     }
                 }
             }
@@ -230,7 +236,7 @@ fn forms() -> BTreeMap<Code, Vec<u8>> {
 
 /// Compares every form in `place` with memory, the operand at `address`.
 fn compare(place: Place, address: u64) {
-    let forms = forms();
+    let forms = forms(64);
     assert!(forms.len() > 1000, "{} forms", forms.len());
     let (mut memory, mut other) = (Bench::new(Place::Memory), Bench::new(place));
     let mut failures = Vec::new();
@@ -282,4 +288,130 @@ fn across_memory_and_a_device() {
     for before in [1, 4, 7] {
         compare(Place::Both, DEVICE + 0x1000 - before);
     }
+}
+
+/// Where the operand of 32-bit code is.
+const OPERAND: u64 = 0x10_0000;
+
+/// A machine for 32-bit code, with handlers that leave their vector, and its registers.
+fn protected() -> (Machine, kvm_sregs) {
+    let machine = Machine::new(Irqchip::None, 1, &[]);
+    machine.protected_mode();
+    let mut sregs = machine.vcpus[0].get_sregs().unwrap();
+    sregs.cr4 = 0x4_0600;
+    let code = sregs.gdt.base + 8;
+    machine.memory.write_u64(code, 0x00cf_9b00_0000_ffff);
+    for vector in 0..32 {
+        let handler = HANDLERS + 16 * vector;
+        let gate = handler & 0xffff | 8 << 16 | 0x8e00 << 32;
+        machine.memory.write_u64(IDT + 8 * vector, gate);
+        let bytes = assemble32(handler as u32, |a| {
+            a.mov(byte_ptr(VECTOR), vector as i32 | 0x80)?;
+            stop(a)
+        });
+        machine.memory.write(handler, &bytes);
+    }
+    (machine, sregs)
+}
+
+/// Executes 32-bit code with this limit of DS and ES: the exit, the vector, registers and operand.
+fn limited(
+    (machine, sregs): &mut (Machine, kvm_sregs),
+    code: &[u8],
+    limit: u64,
+) -> (String, u8, kvm_regs, Vec<u64>) {
+    machine.memory.write(CODE, &[code, &[0xe6, 0x80]].concat());
+    machine.memory.write(VECTOR, &[0]);
+    machine.memory.write(STACK - 0x200, &[0; 0x400]);
+    machine.memory.write(OPERAND, &contents()[..0x400]);
+    let mut sregs = *sregs;
+    (sregs.ds.limit, sregs.es.limit) = (limit as u32, limit as u32);
+    (sregs.ds.g, sregs.es.g) = ((limit > 0xf_ffff) as u8, (limit > 0xf_ffff) as u8);
+    let vcpu = &mut machine.vcpus[0];
+    vcpu.set_vcpu_events(&Default::default()).unwrap();
+    vcpu.set_sregs(&sregs).unwrap();
+    vcpu.set_fpu(&kvm_fpu {
+        fcw: 0x37f,
+        mxcsr: 0x1f80,
+        ..Default::default()
+    })
+    .unwrap();
+    vcpu.set_regs(&kvm_regs {
+        rip: CODE,
+        rsp: STACK,
+        rflags: 2,
+        rax: 0x0506_0708,
+        rbx: OPERAND,
+        rcx: 3,
+        rdx: 0x1516_1718,
+        rsi: OPERAND,
+        rdi: OPERAND,
+        rbp: 0x2526_2728,
+        ..Default::default()
+    })
+    .unwrap();
+    let exit = match vcpu.run().unwrap() {
+        VcpuExit::IoOut(0x80, _) => "stop".into(),
+        other => format!("{other:?}"),
+    };
+    let regs = vcpu.get_regs().unwrap();
+    let memory = &machine.memory;
+    let operand = (0..0x80).map(|i| memory.read_u64(OPERAND + 8 * i));
+    (exit, memory.read_u64(VECTOR) as u8, regs, operand.collect())
+}
+
+/// Forms that access less than their operand, somewhere else, or nothing.
+fn is_loose(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    let bit_string = matches!(i.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
+        && i.op_kind(1) == OpKind::Register;
+    let name = format!("{:?}", i.mnemonic());
+    let is_named = |part: &str| name.to_lowercase().contains(part);
+    let cache = matches!(i.mnemonic(), M::Clflush | M::Clflushopt | M::Clwb);
+    let nothing =
+        is_named("prefetch") || is_named("nop") || matches!(i.mnemonic(), M::Lea | M::Invlpg);
+    bit_string || cache || nothing || is_named("maskmov") || i.mnemonic() == M::Xlatb
+}
+
+/// An operand that ends at its segment's limit is accessed; one that ends a byte behind it is #GP,
+/// before anything has changed.
+#[test]
+fn at_a_limit() {
+    let mut bench = protected();
+    let (mut tried, mut failures) = (0, Vec::new());
+    for (code, bytes) in forms(32) {
+        let instruction = Decoder::new(32, &bytes, DecoderOptions::NONE).decode();
+        let size = instruction.memory_size().size() as u64;
+        let free = limited(&mut bench, &bytes, u32::MAX.into());
+        if size == 0 || is_loose(&instruction) || free.1 != 0 || free.0 != "stop" {
+            continue;
+        }
+        tried += 1;
+        let fits = limited(&mut bench, &bytes, OPERAND + size - 1);
+        let short = limited(&mut bench, &bytes, OPERAND + size - 2);
+        let before = contents()[..0x400].to_vec();
+        let after: Vec<u8> = short.3.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let kept = (short.2.rax, short.2.rbx, short.2.rcx) == (0x0506_0708, OPERAND, 3);
+        if fits != free {
+            failures.push(format!(
+                "{code:?} {bytes:02x?}: {} {:x} at the limit",
+                fits.0, fits.1
+            ));
+        }
+        if short.1 != 13 | 0x80 || !kept || before != after {
+            failures.push(format!(
+                "{code:?} {bytes:02x?}: {} {:x} beyond the limit, registers kept {kept}, memory {}",
+                short.0,
+                short.1,
+                before == after
+            ));
+        }
+    }
+    assert!(tried > 500, "{tried}");
+    assert!(
+        failures.is_empty(),
+        "{}:\n{}",
+        failures.len(),
+        failures.join("\n")
+    );
 }
