@@ -367,7 +367,10 @@ fn is_loose(i: &Instruction) -> bool {
         && i.op_kind(1) == OpKind::Register;
     let name = format!("{:?}", i.mnemonic());
     let is_named = |part: &str| name.to_lowercase().contains(part);
-    let cache = matches!(i.mnemonic(), M::Clflush | M::Clflushopt | M::Clwb);
+    let cache = matches!(
+        i.mnemonic(),
+        M::Clflush | M::Clflushopt | M::Clwb | M::Cldemote
+    );
     let nothing =
         is_named("prefetch") || is_named("nop") || matches!(i.mnemonic(), M::Lea | M::Invlpg);
     bit_string || cache || nothing || is_named("maskmov") || i.mnemonic() == M::Xlatb
