@@ -1,15 +1,18 @@
 //! Programs that this one starts and that the library would not be loaded into.
 //!
 //! A statically linked program, or one for another architecture, has no dynamic loader that would
-//! look at `LD_PRELOAD`, and so would get the machine's own `/dev/kvm`, if there is one, and nobody
-//! would know. Such a program is not started if it seems to want the device: its file or one of its
-//! arguments holds the device's name. Others (a static shell, a compiler) are left alone.
+//! look at `LD_PRELOAD`; in a new environment (`env -i`) there is none. Such a program would get the
+//! machine's own `/dev/kvm`, if there is one, and nobody would know. It is not started if it seems
+//! to want the device: its file or one of its arguments holds the device's name. Others (a static
+//! shell, a compiler) are left alone.
 //!
 //! All of this may run in the child of a fork or vfork, where other threads' locks are held for
 //! ever: it allocates nothing and makes system calls only. What it calls in the C library is looked
 //! up when the library is loaded.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 use crate::next::{Next, call_next};
 use crate::symbols::fail;
@@ -17,13 +20,28 @@ use crate::symbols::fail;
 /// The device's name, as a program's file holds it.
 const DEVICE: &[u8] = b"/dev/kvm";
 /// Set to `allow`, it lets every program start.
-const VARIABLE: &CStr = c"EPTIDE_STATIC";
+const VARIABLE: &CStr = c"EPTIDE_BYPASS";
 /// Bytes of a file that are looked at together.
 const CHUNK: usize = 16384;
 /// Longest path, with the zero behind it.
 const PATH_MAX: usize = 4096;
 
 type Words = *const *const c_char;
+
+/// What a program is started with: lists of C strings with a null pointer behind them.
+#[derive(Clone, Copy)]
+struct Given {
+    arguments: Words,
+    environment: Words,
+}
+
+unsafe extern "C" {
+    /// This process's environment.
+    static environ: Words;
+}
+
+/// The library's path as the dynamic loader was given it; null while that is not known.
+static LIBRARY: AtomicPtr<c_char> = AtomicPtr::new(std::ptr::null_mut());
 
 /// A file that is closed when it is out of use.
 struct File(c_int);
@@ -111,30 +129,57 @@ fn names_the_device(fd: c_int) -> bool {
 }
 
 fn holds_the_name(bytes: &[u8]) -> bool {
+    holds(bytes, DEVICE)
+}
+
+fn holds(bytes: &[u8], part: &[u8]) -> bool {
     // SAFETY: both are of the lengths given.
     let found = unsafe {
         let (bytes, length) = (bytes.as_ptr().cast::<c_void>(), bytes.len());
-        libc::memmem(bytes, length, DEVICE.as_ptr().cast(), DEVICE.len())
+        libc::memmem(bytes, length, part.as_ptr().cast(), part.len())
     };
     !found.is_null()
 }
 
-/// Whether one of a program's arguments holds the device's name.
+/// Whether one of a list's words is as `is_it` says.
 ///
 /// # Safety
 ///
 /// The list is null, or C strings with a null pointer behind them.
-unsafe fn is_given_the_device(arguments: Words) -> bool {
-    if arguments.is_null() {
+unsafe fn has_word(list: Words, is_it: impl Fn(&[u8]) -> bool) -> bool {
+    if list.is_null() {
         return false;
     }
     // SAFETY: the caller's promise.
     unsafe {
         (0..)
-            .map(|index| *arguments.add(index))
+            .map(|index| *list.add(index))
             .take_while(|word| !word.is_null())
-            .any(|word| holds_the_name(CStr::from_ptr(word).to_bytes()))
+            .any(|word| is_it(CStr::from_ptr(word).to_bytes()))
     }
+}
+
+/// Whether an environment has the dynamic loader load this library. Where it is loaded for another
+/// reason than the environment's, it is loaded into every program.
+///
+/// # Safety
+///
+/// As for [`has_word`].
+unsafe fn carries_the_library(environment: Words) -> bool {
+    let library = LIBRARY.load(Ordering::Relaxed);
+    if library.is_null() {
+        return true;
+    }
+    // SAFETY: the loader's string, which stays.
+    let library = unsafe { CStr::from_ptr(library) }.to_bytes();
+    // SAFETY: the caller's promise.
+    unsafe { has_word(environment, |word| preloads(word, library)) }
+}
+
+/// Whether a word of an environment is a list of libraries that has this one.
+fn preloads(word: &[u8], library: &[u8]) -> bool {
+    let list = word.strip_prefix(b"LD_PRELOAD=");
+    list.is_some_and(|list| holds(list, library))
 }
 
 fn is_allowed() -> bool {
@@ -148,13 +193,15 @@ fn is_allowed() -> bool {
 ///
 /// # Safety
 ///
-/// As for [`is_given_the_device`]; the name is a C string.
-unsafe fn is_stopped(fd: c_int, name: *const c_char, arguments: Words) -> bool {
-    if !is_out_of_reach(fd) || is_allowed() {
+/// The lists are as for [`has_word`]; the name is a C string.
+unsafe fn is_stopped(fd: c_int, name: *const c_char, given: Given) -> bool {
+    // SAFETY: the caller's promise.
+    let is_reached = unsafe { carries_the_library(given.environment) } && !is_out_of_reach(fd);
+    if is_reached || is_allowed() {
         return false;
     }
     // SAFETY: the caller's promise.
-    if !names_the_device(fd) && !unsafe { is_given_the_device(arguments) } {
+    if !names_the_device(fd) && !unsafe { has_word(given.arguments, holds_the_name) } {
         return false;
     }
     // SAFETY: the caller's promise.
@@ -162,9 +209,9 @@ unsafe fn is_stopped(fd: c_int, name: *const c_char, arguments: Words) -> bool {
     for part in [
         &b"eptide: "[..],
         name,
-        b": not started. Nothing can be loaded into it, because it is statically linked or for \
-          another architecture, and it seems to want the machine's own /dev/kvm \
-          (EPTIDE_STATIC=allow lets it)\n",
+        b": not started. Eptide would not be loaded into it (it is statically linked, for another \
+          architecture, or without LD_PRELOAD in its environment), and it seems to want /dev/kvm, \
+          which would be the machine's own (EPTIDE_BYPASS=allow lets it)\n",
     ] {
         // SAFETY: the bytes are there. Nobody is left to tell when it fails.
         unsafe { libc::syscall(libc::SYS_write, 2, part.as_ptr(), part.len()) };
@@ -177,14 +224,14 @@ unsafe fn is_stopped(fd: c_int, name: *const c_char, arguments: Words) -> bool {
 /// # Safety
 ///
 /// As for [`is_stopped`].
-unsafe fn is_stopped_at(directory: c_int, path: *const c_char, arguments: Words) -> bool {
+unsafe fn is_stopped_at(directory: c_int, path: *const c_char, given: Given) -> bool {
     if path.is_null() {
         return false;
     }
     // SAFETY: the caller's promise. What cannot be read cannot be judged.
     unsafe {
         let file = File::open(directory, path);
-        file.is_some_and(|file| is_stopped(file.0, path, arguments))
+        file.is_some_and(|file| is_stopped(file.0, path, given))
     }
 }
 
@@ -193,7 +240,7 @@ unsafe fn is_stopped_at(directory: c_int, path: *const c_char, arguments: Words)
 /// # Safety
 ///
 /// As for [`is_stopped`].
-unsafe fn is_stopped_in_path(name: *const c_char, arguments: Words) -> bool {
+unsafe fn is_stopped_in_path(name: *const c_char, given: Given) -> bool {
     if name.is_null() {
         return false;
     }
@@ -201,7 +248,7 @@ unsafe fn is_stopped_in_path(name: *const c_char, arguments: Words) -> bool {
     let bytes = unsafe { CStr::from_ptr(name) }.to_bytes();
     if bytes.contains(&b'/') {
         // SAFETY: the caller's promise.
-        return unsafe { is_stopped_at(libc::AT_FDCWD, name, arguments) };
+        return unsafe { is_stopped_at(libc::AT_FDCWD, name, given) };
     }
     // SAFETY: a C string, as are the environment's values.
     let folders = unsafe {
@@ -234,7 +281,7 @@ unsafe fn is_stopped_in_path(name: *const c_char, arguments: Words) -> bool {
         let may = unsafe { libc::syscall(libc::SYS_access, path, libc::X_OK) };
         if may == 0 {
             // SAFETY: the path ends in zero, and the caller's promise.
-            return unsafe { is_stopped_at(libc::AT_FDCWD, path, arguments) };
+            return unsafe { is_stopped_at(libc::AT_FDCWD, path, given) };
         }
     }
     false
@@ -284,24 +331,24 @@ const fn c_name(name: &'static str) -> &'static CStr {
 // they call is not looked at.
 starts! {
     execve(path: *const c_char, arguments: Words, environment: Words)
-        if is_stopped_at(libc::AT_FDCWD, path, arguments) => fail(libc::EACCES);
+        if is_stopped_at(libc::AT_FDCWD, path, Given { arguments, environment }) => fail(libc::EACCES);
     execv(path: *const c_char, arguments: Words)
-        if is_stopped_at(libc::AT_FDCWD, path, arguments) => fail(libc::EACCES);
+        if is_stopped_at(libc::AT_FDCWD, path, Given { arguments, environment: environ }) => fail(libc::EACCES);
     execvp(name: *const c_char, arguments: Words)
-        if is_stopped_in_path(name, arguments) => fail(libc::EACCES);
+        if is_stopped_in_path(name, Given { arguments, environment: environ }) => fail(libc::EACCES);
     execvpe(name: *const c_char, arguments: Words, environment: Words)
-        if is_stopped_in_path(name, arguments) => fail(libc::EACCES);
+        if is_stopped_in_path(name, Given { arguments, environment }) => fail(libc::EACCES);
     execveat(directory: c_int, path: *const c_char, arguments: Words, environment: Words,
         flags: c_int)
-        if is_stopped_from(directory, path, arguments) => fail(libc::EACCES);
+        if is_stopped_from(directory, path, Given { arguments, environment }) => fail(libc::EACCES);
     fexecve(fd: c_int, arguments: Words, environment: Words)
-        if is_stopped(fd, c"a program".as_ptr(), arguments) => fail(libc::EACCES);
+        if is_stopped(fd, c"a program".as_ptr(), Given { arguments, environment }) => fail(libc::EACCES);
     posix_spawn(child: *mut libc::pid_t, path: *const c_char, actions: Actions,
         attributes: Attributes, arguments: Words, environment: Words)
-        if is_stopped_at(libc::AT_FDCWD, path, arguments) => libc::EACCES;
+        if is_stopped_at(libc::AT_FDCWD, path, Given { arguments, environment }) => libc::EACCES;
     posix_spawnp(child: *mut libc::pid_t, name: *const c_char, actions: Actions,
         attributes: Attributes, arguments: Words, environment: Words)
-        if is_stopped_in_path(name, arguments) => libc::EACCES;
+        if is_stopped_in_path(name, Given { arguments, environment }) => libc::EACCES;
 }
 
 /// Whether the program that `execveat` is given must not start.
@@ -309,12 +356,12 @@ starts! {
 /// # Safety
 ///
 /// As for [`is_stopped`].
-unsafe fn is_stopped_from(directory: c_int, path: *const c_char, arguments: Words) -> bool {
+unsafe fn is_stopped_from(directory: c_int, path: *const c_char, given: Given) -> bool {
     // SAFETY: the caller's promise.
     unsafe {
         match !path.is_null() && *path == 0 {
-            true => is_stopped(directory, c"a program".as_ptr(), arguments),
-            false => is_stopped_at(directory, path, arguments),
+            true => is_stopped(directory, c"a program".as_ptr(), given),
+            false => is_stopped_at(directory, path, given),
         }
     }
 }
@@ -323,6 +370,19 @@ unsafe fn is_stopped_from(directory: c_int, path: *const c_char, arguments: Word
 extern "C" fn look_up() {
     for next in &NEXT {
         next.address();
+    }
+    let mut found = MaybeUninit::<libc::Dl_info>::zeroed();
+    let here = look_up as *const c_void;
+    // SAFETY: a structure of pointers, which is zeroed or filled; the name is the loader's own.
+    unsafe {
+        libc::dladdr(here, found.as_mut_ptr());
+        let name = found.assume_init().dli_fname;
+        if !name.is_null() {
+            let library = CStr::from_ptr(name).to_bytes();
+            if has_word(environ, |word| preloads(word, library)) {
+                LIBRARY.store(name.cast_mut(), Ordering::Relaxed);
+            }
+        }
     }
 }
 

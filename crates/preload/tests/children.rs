@@ -70,7 +70,7 @@ fn a_static_program_that_knows_the_device_is_not_started() {
             assert!(messages(&output).contains(&name), "{output:?}");
         }
         let mut allowed = shell("\"$1\"", &program);
-        let output = allowed.env("EPTIDE_STATIC", "allow").output().unwrap();
+        let output = allowed.env("EPTIDE_BYPASS", "allow").output().unwrap();
         assert_eq!(output.status.code(), Some(9), "{output:?}");
     }
 }
@@ -101,6 +101,24 @@ fn a_program_found_by_path_is_looked_at_too() {
         );
         assert_ne!(output.status.code(), Some(9), "{command}");
     }
+}
+
+#[test]
+fn a_program_in_an_environment_without_the_library_is_looked_at_too() {
+    let sh = Path::new("/bin/sh");
+    let wanting = "env -i \"$1\" -c ': /dev/kvm'";
+    let output = shell(wanting, sh).output().unwrap();
+    assert_eq!(output.status.code(), Some(126), "{output:?}");
+    assert!(
+        messages(&output).contains("/bin/sh: not started"),
+        "{output:?}"
+    );
+    let other = "env -i \"$1\" -c 'exit 9'";
+    let output = shell(other, sh).output().unwrap();
+    assert_eq!(output.status.code(), Some(9), "{output:?}");
+    let kept = "env -i LD_PRELOAD=\"$LD_PRELOAD\" \"$1\" -c 'test -c /dev/kvm && exit 9'";
+    let output = shell(kept, sh).output().unwrap();
+    assert_eq!(output.status.code(), Some(9), "{output:?}");
 }
 
 #[test]
