@@ -2,7 +2,7 @@
 //!
 //! A processor needs some signals ([`SIGNALS`]); the program has a disposition of its own for each,
 //! and what is no processor's must end as if no processor were there. So the kernel's disposition
-//! is [`entry`], *claimed* for good, and the program's is kept here, to the last flag:
+//! is `entry`, *claimed* for good, and the program's is kept here, to the last flag:
 //!
 //! ```text
 //! signal ─▶ entry ─┬─ raised by an instruction of this crate's ─▶ resumes behind it
