@@ -56,6 +56,8 @@ pub(crate) struct Block {
     pub first: crate::op::Handler,
     /// Guest instructions among them.
     pub instructions: u32,
+    /// How many of them the last op executes.
+    tail: u32,
     /// Their accesses to memory.
     pub accesses: u32,
     /// Bytes of code.
@@ -325,6 +327,7 @@ impl CodeCache {
             ops,
             first,
             instructions,
+            tail,
             accesses,
             ..
         } = decoded;
@@ -343,6 +346,7 @@ impl CodeCache {
             ops: ops.into_boxed_slice(),
             first,
             instructions,
+            tail,
             accesses,
             len: bytes.len() as u16,
             hva,
@@ -466,6 +470,23 @@ impl Block {
     /// The code it was made from.
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes
+    }
+
+    /// Which of the block's ops this is.
+    pub(crate) fn index_of(&self, op: &Op) -> u32 {
+        // SAFETY: the caller passes an op of this block.
+        let index = unsafe { std::ptr::from_ref(op).offset_from(self.ops.as_ptr()) };
+        index as u32
+    }
+
+    /// How many instructions were executed when op `index` ended the block; `again` if RIP names
+    /// its instruction, which is not complete unless it is the last.
+    pub(crate) fn executed(&self, index: u32, again: bool) -> u32 {
+        if index + self.tail >= self.instructions {
+            self.instructions
+        } else {
+            index + u32::from(!again)
+        }
     }
 
     /// How often it was interpreted.

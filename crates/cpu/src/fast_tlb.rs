@@ -161,9 +161,9 @@ impl FastTlb {
         }
     }
 
-    /// Drops the translation of one 4 KiB page in every context.
-    pub(crate) fn drop_page(&mut self, gva: u64) {
-        for table in &mut self.tables {
+    /// Drops the translation of one 4 KiB page in every context of an address space.
+    pub(crate) fn drop_page(&mut self, number: u64, gva: u64) {
+        for table in self.tables.iter_mut().filter(|t| t.context >> 2 == number) {
             *table.entry(gva) = INVALID;
         }
     }
@@ -239,7 +239,7 @@ mod tests {
             fast.fill(context, 0x5000, 0x9000, true, true);
             fast.fill(context, 0x6000, 0x9000, true, true);
         }
-        fast.drop_page(0x5000);
+        fast.drop_page(1, 0x5000);
         fast.revoke_writes(0x9000);
         for context in [4, 5] {
             assert_eq!(lookup(&mut fast, context, 0x5000).read_tag, INVALID_TAG);

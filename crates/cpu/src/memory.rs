@@ -633,6 +633,7 @@ impl Vcpu {
             guarded: writable,
             fetch: false,
             shift: translation.page_shift as u8,
+            global: translation.rights.contains(Rights::GLOBAL),
         };
         let context = number << 2 | class as u64;
         self.tlb.fill(context, &fill);

@@ -11,6 +11,8 @@ pub(crate) enum Flow {
     Next,
     /// RIP is set: the block ends.
     Branch,
+    /// The instruction was not executed, since it may be stale: it is looked up anew.
+    Stale,
     /// The instruction did not complete; the reason is in [`Vcpu::cause`].
     Stop,
 }

@@ -94,6 +94,12 @@ pub(crate) struct Tlb {
     generation: u64,
     /// Linear pages, hashed, by whose translation code was found since then.
     code_pages: [u64; 64],
+    /// Where supervisor code was found since then, PCID and protection keys apart, and whether
+    /// always by global translations, which are the same for every PCID.
+    kernel: Option<Space>,
+    kernel_is_global: bool,
+    /// Linear pages, hashed, that have had a global translation.
+    global_pages: [u64; 64],
     /// Which large pages may have translations here.
     large: LargePages,
     /// What generated code looks up by itself.
@@ -101,18 +107,26 @@ pub(crate) struct Tlb {
 }
 
 /// A set that holds at least the large pages that were put in since the last flush.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone)]
 struct LargePages {
-    /// A bit for each hashed 2 MiB or 4 MiB page.
-    medium: [u64; 16],
+    /// A bit for each hashed 2 MiB or 4 MiB page: many more bits than a direct map of memory has
+    /// such pages, since each false answer costs a flush of everything.
+    medium: Box<[u64; 1024]>,
     /// A bit for each hashed 1 GiB page.
     huge: u64,
 }
 
 impl LargePages {
     fn bit(gva: u64) -> (usize, u64) {
-        let hash = gva >> 21;
-        ((hash >> 6) as usize & 15, 1 << (hash & 63))
+        let hash = (gva >> 21).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
+        ((hash >> 6) as usize, 1 << (hash & 63))
+    }
+
+    fn new() -> LargePages {
+        LargePages {
+            medium: Box::new([0; 1024]),
+            huge: 0,
+        }
     }
 
     fn insert(&mut self, gva: u64, shift: u8) {
@@ -140,11 +154,14 @@ struct Info {
     guarded: u64,
     /// log2 of the guest's page size.
     shift: u8,
+    /// The translation is global.
+    global: bool,
 }
 
 const NO_INFO: Info = Info {
     guarded: NO_TAG,
     shift: 0,
+    global: false,
 };
 
 /// What is put into the TLB.
@@ -163,6 +180,8 @@ pub(crate) struct Fill {
     pub guarded: bool,
     /// log2 of the guest's page size.
     pub shift: u8,
+    /// The translation is global.
+    pub global: bool,
 }
 
 const SPACES: usize = 24;
@@ -183,7 +202,10 @@ impl Tlb {
             walks: WalkCache::new(),
             generation: 0,
             code_pages: [0; 64],
-            large: LargePages::default(),
+            kernel: None,
+            kernel_is_global: true,
+            global_pages: [0; 64],
+            large: LargePages::new(),
             fast: FastTlb::new(),
         }
     }
@@ -194,20 +216,44 @@ impl Tlb {
         self.generation
     }
 
-    fn code_page(gva: u64) -> (usize, u64) {
+    /// The place of a linear page in a hashed set of pages.
+    fn hashed_page(gva: u64) -> (usize, u64) {
         let page = gva >> 12;
         ((page >> 6) as usize & 63, 1 << (page & 63))
     }
 
-    /// Code is found by the translation of `gva`, and remembered.
-    pub(crate) fn note_code(&mut self, gva: u64) {
-        let (word, bit) = Self::code_page(gva);
+    /// Code, a user's or not, is found by the translation of `gva`, which was just used, and
+    /// remembered.
+    pub(crate) fn note_code(&mut self, gva: u64, user: bool) {
+        let (word, bit) = Self::hashed_page(gva);
         self.code_pages[word] |= bit;
+        self.kernel_is_global &= user || self.info[self.slot(gva)].global;
     }
 
     fn forget_code(&mut self) {
         self.code_pages = [0; 64];
+        self.kernel_is_global = true;
         self.generation += 1;
+    }
+
+    /// Supervisor code is found in `space` from now on. What was found elsewhere stays good if it
+    /// was found by global translations and only the PCID is another.
+    pub(crate) fn enter_kernel(&mut self, space: &Space) {
+        let kernel = Space {
+            keys: [0; 2],
+            ..*space
+        };
+        if self.kernel == Some(kernel) {
+            return;
+        }
+        let same_but_pcid = self.kernel.is_some_and(|old| {
+            let pcid = kernel.pcid;
+            Space { pcid, ..old } == kernel
+        });
+        if !same_but_pcid || !self.kernel_is_global {
+            self.forget_code();
+        }
+        self.kernel = Some(kernel);
     }
 
     /// What spreads the translations of one page in several address spaces over the TLB.
@@ -299,7 +345,12 @@ impl Tlb {
         self.info[slot] = Info {
             guarded,
             shift: fill.shift,
+            global: fill.global,
         };
+        if fill.global {
+            let (word, bit) = Self::hashed_page(fill.gva);
+            self.global_pages[word] |= bit;
+        }
         if fill.shift > 12 {
             self.large.insert(fill.gva, fill.shift);
         }
@@ -322,38 +373,48 @@ impl Tlb {
     pub(crate) fn flush(&mut self) {
         self.spaces.clear();
         self.walks.flush();
+        self.forget_code();
     }
 
     /// Drops everything and starts to count address spaces anew.
     fn clear(&mut self) {
         self.entries.fill(INVALID);
         self.info.fill(NO_INFO);
-        self.large = LargePages::default();
+        self.large = LargePages::new();
         self.fast.clear();
         self.next = 0;
-        self.forget_code();
+        self.global_pages = [0; 64];
         self.flush();
     }
 
     /// Drops the address spaces that `which` picks, global pages included.
     pub(crate) fn flush_spaces(&mut self, which: impl Fn(&Space) -> bool) {
         self.spaces.retain(|(space, _)| !which(space));
+        if !self.kernel_is_global {
+            self.forget_code();
+        }
     }
 
     /// Drops the translations of the page that holds `gva`, of every size and in every address
     /// space (the architecture lets more be dropped than asked), and all paging-structure caches.
     pub(crate) fn flush_page(&mut self, gva: u64) {
+        self.invalidate(gva, true);
+    }
+
+    /// INVLPG: like [`Tlb::flush_page`], but translations of other address spaces stay unless
+    /// they may be global.
+    pub(crate) fn flush_own_page(&mut self, gva: u64) {
+        self.invalidate(gva, false);
+    }
+
+    fn invalidate(&mut self, gva: u64, everywhere: bool) {
         self.walks.flush();
         if !self.large.may_hold(gva) {
-            let (word, bit) = Self::code_page(gva);
+            let (word, bit) = Self::hashed_page(gva);
             if self.code_pages[word] & bit != 0 {
                 self.forget_code();
             }
-            for n in 0..self.spaces.len() {
-                let salt = Self::salt_of(self.spaces[n].1.into());
-                self.drop_if_translates(Self::slot_with(salt, gva), gva);
-            }
-            self.fast.drop_page(gva);
+            self.drop_small_page(gva, everywhere || self.global_pages[word] & bit != 0);
             return;
         }
         self.forget_code();
@@ -361,6 +422,17 @@ impl Tlb {
             self.drop_if_translates(slot, gva);
         }
         self.fast.clear();
+    }
+
+    /// Drops the translation of a 4 KiB page, in the current address space or in all.
+    fn drop_small_page(&mut self, gva: u64, everywhere: bool) {
+        let spaces = if everywhere { self.spaces.len() } else { 1 };
+        for n in 0..spaces.min(self.spaces.len()) {
+            let number = self.spaces[n].1.into();
+            let slot = Self::slot_with(Self::salt_of(number), gva);
+            self.drop_if_translates(slot, gva);
+            self.fast.drop_page(number, gva);
+        }
     }
 
     /// Drops the entry in `slot` if its page, of whatever size, holds `gva`.
@@ -422,6 +494,7 @@ mod tests {
             fetch: false,
             guarded: false,
             shift,
+            global: false,
         }
     }
 

@@ -7,6 +7,7 @@ use crate::machine::{Attention, Machine, request};
 use crate::op::Stop;
 use crate::second_stage::SecondStage;
 use crate::state::CpuState;
+use crate::statistics::Statistics;
 use crate::tlb::{Class, Space, Tlb};
 use crate::translator::{Engine, Hot, Translator};
 use crate::vector::Stubs;
@@ -119,32 +120,6 @@ pub enum Flush {
     Linear(u64),
 }
 
-/// Counts since the processor was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Statistics {
-    /// Instructions executed.
-    pub instructions: u64,
-    /// Accesses that asked the TLB: those of whole blocks, as far as decoding tells (an instruction
-    /// with a repeat prefix counts once), and fetches of blocks that were not found by address.
-    pub tlb_lookups: u64,
-    /// Accesses that the TLB could not answer.
-    pub tlb_misses: u64,
-    /// Walks of second-stage tables.
-    pub second_stage_walks: u64,
-    /// Blocks decoded.
-    pub blocks_decoded: u64,
-    /// Instructions decoded.
-    pub instructions_decoded: u64,
-    /// Blocks translated to host code.
-    pub blocks_translated: u64,
-    /// Bytes of host code made.
-    pub bytes_translated: u64,
-    /// Block lookups that the jump cache could not answer.
-    pub block_lookups: u64,
-    /// Entries to guest mode.
-    pub entries: u64,
-}
-
 /// Why an instruction stopped.
 #[derive(Clone, Debug)]
 pub(crate) enum Cause {
@@ -189,7 +164,9 @@ pub struct Vcpu {
     pub(crate) attention: Arc<Attention>,
     controls: *const Controls,
 
-    // What follows from `state`.
+    // What follows from `state` and controls.
+    /// The controls enable EPT.
+    has_ept: bool,
     pub(crate) paging: GuestPaging,
     /// What `paging` was made from.
     paging_selected: GuestControls,
@@ -252,6 +229,10 @@ pub struct Vcpu {
     pub(crate) current: *const Block,
     pub(crate) statistics: Statistics,
 }
+
+/// The context of cached jumps to supervisor code in every address space: a number that no space
+/// has.
+const KERNEL_JUMPS: u64 = 1023 << 2 | Class::Supervisor as u64;
 
 /// Bits of control registers that translations depend on, as [`Space::mode`] holds them.
 const MODE_CR0: u64 = Cr0::PG.union(Cr0::WP).bits();
@@ -320,6 +301,7 @@ impl Vcpu {
             machine: machine.clone(),
             attention: machine.add_processor(),
             controls: core::ptr::null(),
+            has_ept: false,
             paging: GuestPaging::new(&paging_selected),
             paging_selected,
             code_mode: CodeMode::Bits16,
@@ -737,6 +719,10 @@ impl Vcpu {
             Class::Supervisor
         };
         let space = self.space();
+        self.has_ept = self.controls().ept();
+        if !self.user && self.has_ept {
+            self.tlb.enter_kernel(&space);
+        }
         let space = self.tlb.space_bits(&space);
         let context = space | class as u64;
         let fetch = if self.user {
@@ -770,10 +756,18 @@ impl Vcpu {
             && (0..4).any(|n| dr7.enabled(n) && matches!(dr7.condition(n), ReadWrite | Write))
     }
 
-    /// Recomputes the key of the jump cache.
+    /// Recomputes the key of the jump caches.
     pub(crate) fn update_jump_key(&mut self) {
         let generation = self.tlb.generation() + self.code.generation();
-        self.jump_key = JumpKey::new(self.fetch_context, self.code_mode, generation);
+        // Supervisor code is mostly mapped by global pages: what was found once is good for every
+        // process. The TLB says when it is not.
+        let shared = !self.user && self.has_ept;
+        let context = if shared {
+            KERNEL_JUMPS
+        } else {
+            self.fetch_context
+        };
+        self.jump_key = JumpKey::new(context, self.code_mode, generation);
         self.hot.jump_salt = self.jump_key.salt();
     }
 

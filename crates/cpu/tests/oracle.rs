@@ -1,7 +1,10 @@
 //! The host processor is the oracle: random user-level instructions run natively and on the
 //! software processor from the same state, and everything defined must agree.
 //!
-//! Four tests: single instructions in 64-bit code, in 32-bit and in 16-bit code, and short
+//! Beside it the two engines are compared with each other, on sequences with branches, calls and
+//! accesses that fault or exit.
+//!
+//! Four tests with the host: single instructions in 64-bit code, in 32-bit and in 16-bit code, and short
 //! sequences that load segments, transfer control far, and save and restore extended state.
 //!
 //! `EPTIDE_ORACLE_CASES` sets the number of cases (100,000 by default), `EPTIDE_ORACLE_SEED` the
@@ -10,6 +13,8 @@
 
 #[path = "oracle/choices.rs"]
 mod choices;
+#[path = "oracle/engines.rs"]
+mod engines;
 #[path = "oracle/generate.rs"]
 mod generate;
 mod guest;

@@ -34,6 +34,8 @@ pub(crate) struct Decoded {
     /// Bytes decoded; 0 if the first instruction does not end within what was given.
     pub len: usize,
     pub instructions: u32,
+    /// How many of them the last op that executes anything executes.
+    pub tail: u32,
     /// Their accesses to memory, an instruction with a repeat prefix making one.
     pub accesses: u32,
 }
@@ -120,6 +122,7 @@ pub(crate) fn block(
     let mut len = 0;
     let mut instructions = 0;
     let mut accessed = 0;
+    let mut tail = 1;
     while len < bytes.len() && instructions < MAX_INSTRUCTIONS {
         decoder.decode_out(&mut instruction);
         if decoder.last_error() == DecoderError::NoMoreBytes && bytes.len() - len < 15 {
@@ -140,6 +143,7 @@ pub(crate) fn block(
             && let Some(last) = ops.last()
         {
             last.handler.set(fused);
+            tail = 2;
         }
         previous = instruction;
         ops.push(op);
@@ -160,6 +164,7 @@ pub(crate) fn block(
         first,
         len,
         instructions,
+        tail,
         accesses: accessed,
     }
 }
@@ -234,6 +239,7 @@ pub(crate) fn one(
         ops: vec![op, rest],
         len,
         instructions: 1,
+        tail: 1,
         accesses: accesses(&instruction),
     }
 }

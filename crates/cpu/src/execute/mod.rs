@@ -33,7 +33,7 @@ use arch::exit::VmExit;
 /// the instruction is looked up anew.
 pub(crate) fn stale(cpu: &mut Vcpu, op: &Op) -> Flow {
     cpu.state.rip = cpu.rip_of(op);
-    Flow::Branch
+    Flow::Stale
 }
 
 impl Vcpu {

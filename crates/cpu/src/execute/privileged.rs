@@ -42,7 +42,7 @@ pub(crate) fn invlpg(cpu: &mut Vcpu, op: &Op) -> Flow {
         return Flow::Stop;
     }
     if !cpu.long64 || cpu.is_canonical(gva) {
-        cpu.tlb.flush_page(gva);
+        cpu.tlb.flush_own_page(gva);
         cpu.update_jump_key();
     }
     cpu.end_block(op)

@@ -4,7 +4,7 @@ use crate::code::Block;
 use crate::decode;
 use crate::event::{Event, Fault};
 use crate::machine::{Pages, request};
-use crate::op::{Flow, Stop};
+use crate::op::{Flow, Op, Stop};
 use crate::state::slot;
 use crate::vcpu::{Cause, Vcpu};
 use arch::control_registers::{Dr6, Rflags};
@@ -95,16 +95,34 @@ impl Vcpu {
                     // SAFETY: as above.
                     op = unsafe { op.add(1) };
                 }
-                Flow::Branch => return None,
+                Flow::Branch => {
+                    self.uncount_behind(block, current);
+                    return None;
+                }
+                Flow::Stale => {
+                    self.uncount_from(block, current);
+                    return None;
+                }
                 Flow::Stop => {
-                    // SAFETY: both point into the block's ops.
-                    let executed = unsafe { op.offset_from(block.ops.as_ptr()) } as i64;
-                    self.countdown += i64::from(block.instructions) - executed;
+                    self.uncount_from(block, current);
                     self.state.rip = self.rip_of(current);
                     return self.stopped();
                 }
             }
         }
+    }
+
+    /// Takes back the instructions of a block from `op` on.
+    fn uncount_from(&mut self, block: &Block, op: &Op) {
+        self.countdown += i64::from(block.instructions - block.index_of(op));
+    }
+
+    /// Takes back the instructions of a block that `op` ended before its end.
+    #[inline(always)]
+    fn uncount_behind(&mut self, block: &Block, op: &Op) {
+        let index = block.index_of(op);
+        let again = self.state.rip == self.rip_of(op);
+        self.countdown += i64::from(block.instructions - block.executed(index, again));
     }
 
     /// The block at RIP. Sets the page slot that its ops rely on.
@@ -151,7 +169,7 @@ impl Vcpu {
             self.check_code_limit(rip, 1)?;
         }
         let hva = self.fetch_address(linear)?;
-        self.tlb.note_code(linear);
+        self.tlb.note_code(linear, self.user);
         if let Some(found) = self.code.find(hva, self.code_mode, linear, self.jump_key) {
             // SAFETY: just found.
             let block = unsafe { &*found };
@@ -597,7 +615,8 @@ impl Vcpu {
                 self.state.rip = self.next_rip(op);
                 false
             }
-            Flow::Branch => false,
+            // What is executed alone is looked up and executed at once.
+            Flow::Branch | Flow::Stale => false,
             Flow::Stop => {
                 self.state.rip = self.rip_of(op);
                 // What the page holds stays; what would have followed the instruction does not.

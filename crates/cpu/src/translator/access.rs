@@ -33,8 +33,13 @@ impl Access {
 
 /// R11: the entry for the linear address in R10. Clobbers the host's flags.
 pub(super) fn find_entry(asm: &mut Asm) {
-    asm.mov(R11, R10);
-    asm.shift(5, R11, 12 - ENTRY_SHIFT as u8);
+    let shift = 12 - ENTRY_SHIFT as u8;
+    if is_x86_feature_detected!("bmi2") {
+        asm.bytes(&[0xc4, 0x43, 0xfb, 0xf0, 0xda, shift]); // RORX R11, R10; the mask drops the rest
+    } else {
+        asm.mov(R11, R10);
+        asm.shift(5, R11, shift);
+    }
     asm.rm(true, &[0x23], R11, layout::TLB_MASK); // AND
     asm.rm(true, &[0x03], R11, layout::TLB_TABLE); // ADD
 }

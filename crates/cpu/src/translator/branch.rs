@@ -15,6 +15,14 @@ impl Emitter<'_> {
         let (taken, next) = (self.target(), self.next_offset());
         let (taken_live, next_live) = (live(taken), live(next));
         self.compute_flags();
+        if let Flags::Host(Some(recipe)) = &self.flags
+            && taken == self.start_offset()
+        {
+            let recipe = recipe.clone();
+            let jump = self.asm.jcc(condition);
+            self.loop_back(jump, recipe);
+            return self.edge(next, next_live);
+        }
         let in_host = matches!(self.flags, Flags::Host(_));
         if in_host && taken_live && next_live {
             flags::save(&mut self.asm);

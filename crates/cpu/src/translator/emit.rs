@@ -30,6 +30,8 @@ pub(super) const MISSED: u64 = 1;
 /// A finished block, relative to its start.
 pub(super) struct Emitted {
     pub code: Vec<u8>,
+    /// Where chains from further up in the page enter, which need not look for attention.
+    pub forward_entry: usize,
     /// Host accesses that may fault and where they resume.
     pub fixups: Vec<Fixup>,
 }
@@ -54,14 +56,38 @@ struct Back {
     vectors: u8,
 }
 
+/// Why a block is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// It ends. The jump may be patched to lead to the target itself.
+    Edge,
+    /// Something wants attention before it begins.
+    Attention,
+    /// The countdown ran out before it began.
+    Clock,
+}
+
+/// Set in the address of a jump that leads down the page.
+pub(super) const FORWARD: u64 = 1 << 63;
+
 /// What happens once, at the end of a block, for a way out of it.
 struct Exit {
     /// The jump that leads there.
     jump: usize,
     /// Offset of the target in the page.
     target: i32,
-    /// Whether the jump may be patched to lead to the target itself.
-    chains: bool,
+    kind: Way,
+    /// Where flags are, which must be in memory behind it.
+    flags: Flags,
+}
+
+/// A block that ends in a conditional jump to its own start is written twice: the second time
+/// for all rounds but the first, with what is known at the end of a round.
+struct Loop {
+    /// The jumps at the end of a round.
+    jumps: Vec<usize>,
+    flags: Flags,
+    vectors: u8,
 }
 
 /// A block being written.
@@ -80,6 +106,8 @@ pub(super) struct Emitter<'a> {
     slow: Vec<Slow>,
     exits: Vec<Exit>,
     pub stack_misses: Vec<StackMiss>,
+    again: Option<Loop>,
+    forward_entry: usize,
     /// Whether a slow path of the current instruction exists.
     has_slow: bool,
     index: usize,
@@ -106,6 +134,8 @@ impl<'a> Emitter<'a> {
             slow: Vec::new(),
             exits: Vec::new(),
             stack_misses: Vec::new(),
+            again: None,
+            forward_entry: 0,
             has_slow: false,
             index: 0,
         }
@@ -119,12 +149,28 @@ impl<'a> Emitter<'a> {
 
     /// Writes the whole block.
     pub(super) fn block(mut self, live: impl Fn(i32) -> bool) -> Emitted {
+        self.once(&live);
+        if let Some(again) = self.again.take() {
+            let start = self.asm.here();
+            self.flags = again.flags.clone();
+            self.vectors = again.vectors;
+            self.once(&live);
+            let rounds = self.again.take().map_or(Vec::new(), |again| again.jumps);
+            for jump in again.jumps.into_iter().chain(rounds) {
+                self.asm.patch(jump, start as i64);
+            }
+        }
+        self.cold()
+    }
+
+    /// Writes the block's instructions.
+    fn once(&mut self, live: &impl Fn(i32) -> bool) {
         self.prologue();
         let count = self.all.len();
         for index in 0..count {
             self.index = index;
             self.has_slow = false;
-            self.instruction(&live);
+            self.instruction(live);
         }
         let last = &self.all[count - 1];
         if !matches!(
@@ -135,23 +181,40 @@ impl<'a> Emitter<'a> {
             let next = self.next_offset();
             self.edge(next, live(next));
         }
-        self.cold()
+    }
+
+    /// A conditional jump at `jump` leads back to the block's start, the flags being computable.
+    pub(super) fn loop_back(&mut self, jump: usize, recipe: Recipe) {
+        self.again = Some(Loop {
+            jumps: vec![jump],
+            flags: Flags::Pending(recipe),
+            vectors: self.vectors,
+        });
+    }
+
+    /// Offset in the page of the block's first instruction.
+    pub(super) fn start_offset(&self) -> i32 {
+        self.all[0].unfused.op.offset.into()
     }
 
     fn prologue(&mut self) {
         let count = self.all.len() as i32;
-        let start = i32::from(self.all[0].unfused.op.offset);
-        self.asm.alu_mem_imm(5, layout::COUNTDOWN, count); // SUB
-        let clock = self.asm.jcc(cc::S);
+        let start = self.start_offset();
         self.asm.load(R10, layout::ATTENTION);
         self.asm.rm(false, &[0x83], 7, Mem::at(R10, 0)); // CMP
         self.asm.bytes(&[0]);
         let attention = self.asm.jcc(cc::NE);
-        for jump in [clock, attention] {
+        if self.forward_entry == 0 {
+            self.forward_entry = self.asm.here();
+        }
+        self.asm.alu_mem_imm(5, layout::COUNTDOWN, count); // SUB
+        let clock = self.asm.jcc(cc::S);
+        for (jump, kind) in [(attention, Way::Attention), (clock, Way::Clock)] {
             self.exits.push(Exit {
                 jump,
                 target: start,
-                chains: false,
+                kind,
+                flags: self.flags.clone(),
             });
         }
     }
@@ -363,11 +426,7 @@ impl<'a> Emitter<'a> {
     pub(super) fn edge_saved(&mut self, target: i32) {
         if (0..0x1000).contains(&target) {
             let jump = self.asm.jmp();
-            self.exits.push(Exit {
-                jump,
-                target,
-                chains: true,
-            });
+            self.edge_of_jump(jump, target);
         } else {
             self.asm.load(R10, layout::PAGE);
             self.asm.lea(R10, Mem::at(R10, target));
@@ -380,7 +439,8 @@ impl<'a> Emitter<'a> {
         self.exits.push(Exit {
             jump,
             target,
-            chains: true,
+            kind: Way::Edge,
+            flags: Flags::Memory,
         });
     }
 
@@ -444,6 +504,7 @@ impl<'a> Emitter<'a> {
         fixups.sort_unstable_by_key(|fixup| fixup.instructions.start);
         Emitted {
             code: self.asm.code,
+            forward_entry: self.forward_entry,
             fixups,
         }
     }
@@ -491,14 +552,24 @@ impl<'a> Emitter<'a> {
 
     fn exit(&mut self, exit: &Exit) {
         self.asm.bind(exit.jump);
-        if exit.chains {
-            let field = self.address + exit.jump as u64;
-            self.asm.mov_imm(R11, field);
-            self.asm.store(layout::LINK, R11);
-        } else {
-            // The block has not begun.
-            let count = self.all.len() as i32;
-            self.asm.alu_mem_imm(0, layout::COUNTDOWN, count);
+        if let Flags::Pending(recipe) = &exit.flags {
+            self.asm.bytes(&recipe.code);
+            flags::save(&mut self.asm);
+        }
+        match exit.kind {
+            Way::Edge => {
+                // A loop has a jump that does not lead down.
+                let forward = exit.target > self.start_offset();
+                let field = self.address + exit.jump as u64;
+                self.asm
+                    .mov_imm(R11, field | if forward { FORWARD } else { 0 });
+                self.asm.store(layout::LINK, R11);
+            }
+            Way::Attention => {}
+            Way::Clock => {
+                let count = self.all.len() as i32;
+                self.asm.alu_mem_imm(0, layout::COUNTDOWN, count);
+            }
         }
         self.asm.load(R10, layout::PAGE);
         if exit.target != 0 {

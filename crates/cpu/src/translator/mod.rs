@@ -41,7 +41,7 @@ use crate::state::LazyFlags;
 use crate::vcpu::Vcpu;
 use analysis::Analysed;
 use arch::control_registers::{Cr0, Cr4, Xcr0};
-use emit::{Emitter, MISSED};
+use emit::{Emitter, FORWARD, MISSED};
 use iced_x86::InstructionInfoFactory;
 use jumps::Jumps;
 use trampolines::{Trampolines, verdict};
@@ -130,8 +130,16 @@ pub(crate) struct Translator {
 /// The translation of one block.
 pub(crate) struct Body {
     entry: u64,
+    /// Where chains from further up in the page enter.
+    forward_entry: u64,
     /// Its instructions one by one, for their slow paths.
     ops: Box<[Op]>,
+}
+
+impl Body {
+    fn is_last(&self, op: &Op) -> bool {
+        self.ops.last().is_some_and(|last| std::ptr::eq(last, op))
+    }
 }
 
 impl Translator {
@@ -192,11 +200,14 @@ extern "C" fn callout(cpu: &mut Vcpu, op: *const Op, block: u64) -> u32 {
             cpu.uncount(block, op, 1);
             verdict::LEAVE
         }
-        Flow::Branch => {
+        // Ops of translations are never made stale.
+        Flow::Branch | Flow::Stale => {
             for address in touched.into_iter().flatten() {
                 cpu.promote(address);
             }
-            cpu.uncount(block, op, 1);
+            let again = cpu.state.rip == cpu.rip_of(op);
+            let is_last = block.body().is_some_and(|body| body.is_last(op));
+            cpu.uncount(block, op, i64::from(is_last || !again));
             verdict::LEAVE
         }
         Flow::Stop => {
@@ -219,6 +230,13 @@ impl Vcpu {
         if let Some(translator) = &self.translator {
             self.hot.jumps = translator.jumps.address();
             self.hot.attention = self.attention.address();
+        }
+    }
+
+    /// How often a block is interpreted before it is translated, for tests and measurements.
+    pub fn translate_after(&mut self, executions: u32) {
+        if let Some(translator) = &mut self.translator {
+            translator.threshold = executions;
         }
     }
 
@@ -334,7 +352,11 @@ impl Vcpu {
             Some(entry) => {
                 self.statistics.blocks_translated += 1;
                 self.statistics.bytes_translated += emitted.code.len() as u64;
-                block.set_body(Body { entry, ops });
+                block.set_body(Body {
+                    entry,
+                    forward_entry: entry + emitted.forward_entry as u64,
+                    ops,
+                });
                 Some(entry)
             }
             None => {
@@ -399,6 +421,7 @@ impl Vcpu {
     pub(crate) fn connect(&mut self, block: &Block, linear: u64) {
         let Some(body) = block.body() else { return };
         let link = std::mem::take(&mut self.hot.link);
+        let (link, forward) = (link & !FORWARD, link & FORWARD != 0);
         let page = self.state.regs[crate::state::slot::PAGE];
         let Some(translator) = &mut self.translator else {
             return;
@@ -406,7 +429,12 @@ impl Vcpu {
         if link != 0
             && let Some(field) = translator.memory.writable_view(link, 4)
         {
-            let distance = body.entry.wrapping_sub(link + 4) as i32;
+            let entry = if forward {
+                body.forward_entry
+            } else {
+                body.entry
+            };
+            let distance = entry.wrapping_sub(link + 4) as i32;
             field.copy_from_slice(&distance.to_le_bytes());
         }
         translator
