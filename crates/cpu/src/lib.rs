@@ -54,5 +54,5 @@ pub use guest_memory::{Gone, GuestMemory};
 pub use machine::{Attention, Machine};
 pub use state::{CpuState, ExtendedState, Gpr, LazyFlags, Msrs, XSAVE_AREA};
 pub use statistics::Statistics;
-pub use translator::Engine;
+pub use translator::{Engine, NoSuchEngine};
 pub use vcpu::{Bus, BusResponse, Emulated, Flush, MmioHint, Observer, Vcpu};

@@ -24,6 +24,9 @@ pub(crate) struct Statistics {
     pub(crate) mmio_cache: Option<HitRate>,
     /// Lookups of the TLB.
     pub(crate) tlb: Option<HitRate>,
+    /// Blocks translated to host code, and its bytes.
+    pub(crate) blocks_translated: u64,
+    pub(crate) bytes_translated: u64,
 }
 
 /// Hits and misses of a cache.
@@ -97,6 +100,10 @@ impl fmt::Display for Report {
         if let Some(rate) = statistics.tlb {
             line("TLB hits", &rate)?;
         }
+        if statistics.blocks_translated != 0 {
+            line("blocks translated", &Grouped(statistics.blocks_translated))?;
+            line("bytes of host code", &Grouped(statistics.bytes_translated))?;
+        }
         let mut exits: Vec<_> = statistics
             .exits
             .iter()
@@ -136,6 +143,8 @@ impl Report {
             "ept_misconfigurations": statistics.ept_misconfigurations,
             "mmio_cache": rate(statistics.mmio_cache),
             "tlb": rate(statistics.tlb),
+            "blocks_translated": statistics.blocks_translated,
+            "bytes_translated": statistics.bytes_translated,
             "exits": statistics.exits,
             "exits_to_user_space": user,
         })

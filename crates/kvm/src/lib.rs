@@ -136,7 +136,7 @@ pub use capabilities::CAP_EXECUTION_TRAPS;
 pub use cpu::faults::{
     Disposition, exchange_program as exchange_kept_disposition, release as release_kept_signals,
 };
-pub use cpu::{CpuState, Observer};
+pub use cpu::{CpuState, Engine, NoSuchEngine, Observer};
 pub use error::Error;
 pub(crate) use error::Result;
 pub use signals::{Call, as_the_program_meant, cover_signal_handler, interrupt_current_thread};

@@ -183,11 +183,23 @@ fn initial_controls() -> Controls {
     controls
 }
 
+/// Makes a processor use an engine, and says once where the host does not let it.
+fn choose_engine(cpu: &mut cpu::Vcpu, engine: cpu::Engine) {
+    static SAID: std::sync::Once = std::sync::Once::new();
+    cpu.set_engine(engine);
+    if cpu.engine() != engine {
+        SAID.call_once(|| {
+            tracing::warn!("no executable memory is to be had: the interpreter runs instead");
+        });
+    }
+}
+
 impl Vcpu {
     /// A vCPU in its power-up state.
     pub(crate) fn new(vm: &Arc<Vm>, id: u32) -> Result<Arc<Vcpu>> {
         let mut cpu = cpu::Vcpu::new(&vm.machine)
             .map_err(|error| Error::new(error.raw_os_error().unwrap_or(libc::ENOMEM)))?;
+        choose_engine(&mut cpu, vm.engine);
         cpu.state = CpuState::reset();
         let mailbox = Arc::new(Mailbox::new(cpu.attention()));
         let bootstrap = vm.is_bootstrap(id);

@@ -132,6 +132,8 @@ pub(crate) struct Vm {
     identity_map: AtomicU64,
     /// [`crate::Options::strict_cpuid`].
     pub(crate) has_strict_cpuid: bool,
+    /// [`crate::Options::engine`].
+    pub(crate) engine: cpu::Engine,
 }
 
 impl std::fmt::Debug for Vm {
@@ -193,6 +195,7 @@ impl Vm {
             max_mmu_pages: AtomicU64::new(config.max_table_pages as u64),
             identity_map: AtomicU64::new(0xfffb_c000),
             has_strict_cpuid: options.strict_cpuid,
+            engine: options.engine,
         }))
     }
 

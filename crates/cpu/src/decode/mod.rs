@@ -119,10 +119,7 @@ pub(crate) fn block(
     let mut ops: Vec<Op> = Vec::with_capacity(12);
     let mut first: Handler = control::undefined;
     let mut previous = Instruction::default();
-    let mut len = 0;
-    let mut instructions = 0;
-    let mut accessed = 0;
-    let mut tail = 1;
+    let (mut len, mut instructions, mut accessed, mut tail) = (0, 0, 0, 1);
     while len < bytes.len() && instructions < MAX_INSTRUCTIONS {
         decoder.decode_out(&mut instruction);
         if decoder.last_error() == DecoderError::NoMoreBytes && bytes.len() - len < 15 {

@@ -101,6 +101,8 @@ pub(super) struct Emitter<'a> {
     pub trampolines: &'a Trampolines,
     ops: *const Op,
     block: u64,
+    /// The highest bit of a linear address that is not a copy of another.
+    sign_bit: u8,
     /// Address at which the code will run.
     address: u64,
     slow: Vec<Slow>,
@@ -119,6 +121,7 @@ impl<'a> Emitter<'a> {
         trampolines: &'a Trampolines,
         ops: *const Op,
         block: u64,
+        sign_bit: u8,
         address: u64,
     ) -> Emitter<'a> {
         Emitter {
@@ -130,6 +133,7 @@ impl<'a> Emitter<'a> {
             trampolines,
             ops,
             block,
+            sign_bit,
             address,
             slow: Vec::new(),
             exits: Vec::new(),
@@ -456,7 +460,7 @@ impl<'a> Emitter<'a> {
     /// deals with it otherwise. Clobbers R11.
     pub(super) fn check_canonical(&mut self) {
         self.asm.mov(R11, R10);
-        self.asm.shift(7, R11, 47);
+        self.asm.shift(7, R11, self.sign_bit);
         self.asm.alu_imm(true, 0, R11, 1);
         self.asm.alu_imm(true, 7, R11, 1);
         let jump = self.asm.jcc(cc::A);

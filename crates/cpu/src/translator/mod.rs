@@ -55,13 +55,43 @@ pub enum Engine {
     Translator,
 }
 
-impl Engine {
-    /// The engine of new processors: what `EPTIDE_ENGINE` names, or the translator.
-    pub fn from_environment() -> Engine {
-        match std::env::var("EPTIDE_ENGINE").as_deref() {
-            Ok("interpreter") => Engine::Interpreter,
-            _ => Engine::Translator,
+/// The environment variable that names the engine of new processors.
+const VARIABLE: &str = "EPTIDE_ENGINE";
+
+/// There is no such engine.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no engine: there are \"interpreter\" and \"translator\"")]
+pub struct NoSuchEngine(pub String);
+
+impl std::str::FromStr for Engine {
+    type Err = NoSuchEngine;
+
+    fn from_str(name: &str) -> Result<Engine, NoSuchEngine> {
+        match name {
+            "interpreter" => Ok(Engine::Interpreter),
+            "translator" => Ok(Engine::Translator),
+            _ => Err(NoSuchEngine(name.into())),
         }
+    }
+}
+
+impl std::fmt::Display for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Engine::Interpreter => "interpreter",
+            Engine::Translator => "translator",
+        })
+    }
+}
+
+impl Engine {
+    /// The engine of new processors: what `EPTIDE_ENGINE` names, or the translator. A name that
+    /// is no engine's is as good as none; whoever has a user to tell may parse it first.
+    pub fn from_environment() -> Engine {
+        std::env::var(VARIABLE)
+            .ok()
+            .and_then(|name| name.parse().ok())
+            .unwrap_or(Engine::Translator)
     }
 }
 
@@ -125,6 +155,8 @@ pub(crate) struct Translator {
     trampolines: Trampolines,
     jumps: Jumps,
     threshold: u32,
+    /// The code was made for linear addresses of 57 bits.
+    la57: bool,
 }
 
 /// The translation of one block.
@@ -152,6 +184,7 @@ impl Translator {
             trampolines,
             jumps: Jumps::new(),
             threshold: threshold_from_environment(),
+            la57: false,
         })
     }
 
@@ -221,6 +254,9 @@ extern "C" fn callout(cpu: &mut Vcpu, op: *const Op, block: u64) -> u32 {
 impl Vcpu {
     /// Chooses the engine. Without executable memory it stays the interpreter.
     pub fn set_engine(&mut self, engine: Engine) {
+        if self.engine() == engine {
+            return;
+        }
         self.code.clear();
         self.update_jump_key();
         self.translator = match engine {
@@ -230,6 +266,14 @@ impl Vcpu {
         if let Some(translator) = &self.translator {
             self.hot.jumps = translator.jumps.address();
             self.hot.attention = self.attention.address();
+        }
+    }
+
+    /// The engine in use.
+    pub fn engine(&self) -> Engine {
+        match self.translator {
+            Some(_) => Engine::Translator,
+            None => Engine::Interpreter,
         }
     }
 
@@ -306,6 +350,12 @@ impl Vcpu {
         if !self.code.is_settled(block) {
             return None;
         }
+        let la57 = self.state.cr4.contains(Cr4::LA57);
+        if self.translator.as_ref()?.la57 != la57 {
+            self.drop_translations();
+            self.translator.as_mut()?.la57 = la57;
+            return None;
+        }
         self.code.depend_on(block.hva, block.len.into());
         if !block.is_current() {
             return None;
@@ -341,6 +391,7 @@ impl Vcpu {
             &translator.trampolines,
             ops.as_ptr(),
             std::ptr::from_ref(block) as u64,
+            if la57 { 56 } else { 47 },
             translator.memory.next_address(),
         );
         let is_live = |target| {
@@ -360,14 +411,20 @@ impl Vcpu {
                 Some(entry)
             }
             None => {
-                // Full: everything is dropped, and what is hot is translated anew. The block may
-                // be freed with the next lookup, so it is not executed any more.
-                translator.clear();
-                self.code.clear();
-                self.update_jump_key();
+                // Full: everything is dropped, and what is hot is translated anew.
+                self.drop_translations();
                 None
             }
         }
+    }
+
+    /// Drops all code. A block in use stays until the next lookup.
+    fn drop_translations(&mut self) {
+        if let Some(translator) = &mut self.translator {
+            translator.clear();
+        }
+        self.code.clear();
+        self.update_jump_key();
     }
 
     /// Whether the code at `target` in the block's page may show the flags that it finds.

@@ -77,6 +77,9 @@ pub(crate) struct ExecArgs {
     /// Two-dimensional paging (on) or shadow paging (off) in its VMs
     #[arg(long, value_name = "on|off", value_parser = parse_switch)]
     pub(crate) ept: Option<bool>,
+    /// What executes guest code in its VMs
+    #[arg(long, value_name = "interpreter|translator")]
+    pub(crate) engine: Option<kvm::Engine>,
     /// The program and its arguments: everything from here on is the program's
     #[arg(trailing_var_arg = true, required = true, value_names = ["PROGRAM", "ARGUMENTS"])]
     pub(crate) command: Vec<OsString>,
@@ -185,6 +188,9 @@ pub(crate) struct MachineArgs {
     /// Two-dimensional paging (on) or shadow paging (off)
     #[arg(long, value_name = "on|off", value_parser = parse_switch)]
     pub(crate) ept: Option<bool>,
+    /// What executes guest code
+    #[arg(long, value_name = "interpreter|translator")]
+    pub(crate) engine: Option<kvm::Engine>,
     /// End the guest after this time, such as 90s, 5m or 1h
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub(crate) timeout: Option<Duration>,
@@ -244,6 +250,7 @@ impl MachineArgs {
             protocol: self.protocol,
             console: self.console,
             ept: self.ept,
+            engine: self.engine,
             timeout: self.timeout,
             reports: false,
             quiet: self.quiet,

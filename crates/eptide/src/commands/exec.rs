@@ -50,6 +50,9 @@ pub(crate) fn run(args: &ExecArgs) -> Result<Infallible, ExecError> {
     if let Some(ept) = args.ept {
         command.env("EPTIDE_EPT", if ept { "on" } else { "off" });
     }
+    if let Some(engine) = args.engine {
+        command.env("EPTIDE_ENGINE", engine.to_string());
+    }
     let error = command.exec();
     Err(ExecError::NotStarted {
         path: program,

@@ -1,29 +1,24 @@
 //! What is asked of the KVM implementation beyond the KVM API: the paging mode and statistics.
 
-use kvm::{Kvm, Options, VcpuFd, VmFd};
+use kvm::{Engine, Kvm, Options, VcpuFd, VmFd};
 
 use crate::report::{HitRate, Statistics};
 
-/// The KVM implementation cannot do what was asked.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Unsupported {
-    /// No KVM at all.
-    #[error("KVM cannot be opened: {0}")]
-    Open(kvm::Error),
-}
-
 /// Opens KVM.
-pub(crate) fn open(ept: Option<bool>) -> Result<Kvm, Unsupported> {
-    match ept {
-        Some(ept) => Ok(Kvm::with_options(Options::default().with_ept(ept))),
-        None => Kvm::new().map_err(Unsupported::Open),
-    }
+pub(crate) fn open(ept: Option<bool>, engine: Option<Engine>) -> Kvm {
+    let defaults = Options::default();
+    let options = defaults
+        .with_ept(ept.unwrap_or(defaults.ept))
+        .with_engine(engine.unwrap_or(defaults.engine));
+    Kvm::with_options(options)
 }
 
 /// Adds the counters of one processor.
 pub(crate) fn add_processor(statistics: &mut Statistics, vcpu: &VcpuFd) {
     if let Ok(processor) = vcpu.cpu_statistics() {
         *statistics.instructions.get_or_insert(0) += processor.instructions;
+        statistics.blocks_translated += processor.blocks_translated;
+        statistics.bytes_translated += processor.bytes_translated;
         let tlb = statistics.tlb.get_or_insert_default();
         tlb.hits += processor.tlb_lookups.saturating_sub(processor.tlb_misses);
         tlb.misses += processor.tlb_misses;

@@ -109,6 +109,8 @@ pub(crate) struct MachineConfig {
     pub(crate) console: ConsoleKind,
     /// Two-dimensional paging; `None` leaves it to the KVM implementation.
     pub(crate) ept: Option<bool>,
+    /// What executes guest code, if not the default.
+    pub(crate) engine: Option<kvm::Engine>,
     /// Time after which the guest is ended.
     pub(crate) timeout: Option<Duration>,
     /// The guest is one that reports on the second serial port: when it reads its input, and how its
@@ -161,9 +163,6 @@ pub(crate) enum MachineError {
     /// A processor could not be set up.
     #[error(transparent)]
     Vcpu(#[from] vcpu::VcpuError),
-    /// The KVM implementation cannot do what was asked.
-    #[error(transparent)]
-    Hypervisor(#[from] hypervisor::Unsupported),
     /// Two devices in one place.
     #[error(transparent)]
     Overlap(#[from] bus::Overlap),
@@ -219,7 +218,7 @@ impl Machine {
 
         // Before the first thread is started: the KVM implementation has threads of its own.
         let signals = Signals::block()?;
-        let kvm = hypervisor::open(config.ept)?;
+        let kvm = hypervisor::open(config.ept, config.engine);
         check_cpus(&kvm, config.cpus)?;
         let vm = Arc::new(create_vm(&kvm, &memory)?);
         let mut machine = Self {

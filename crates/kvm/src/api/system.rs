@@ -5,6 +5,7 @@ use crate::error::{Error, Result, fail};
 use crate::run_area::RUN_SIZE;
 use crate::vm::Vm;
 use crate::{capabilities, cpuid, msrs};
+use cpu::Engine;
 use kvm_bindings::*;
 
 /// What KVM takes as module parameters: choices for the VMs created from now on.
@@ -20,6 +21,9 @@ pub struct Options {
     /// away those that a control of VT-x or a bit of a control register takes away; the others
     /// execute, and there are guests that execute them unasked.
     pub strict_cpuid: bool,
+    /// What executes guest code. Without executable memory it is the interpreter. The
+    /// environment variable `EPTIDE_ENGINE` names another default.
+    pub engine: Engine,
 }
 
 /// The environment variables that stand for `kvm_intel.ept` and `kvm_intel.pml`: `off` or `0` turns
@@ -40,6 +44,7 @@ impl Default for Options {
             pml: is_on(PML_VARIABLE),
             strict_cpuid: std::env::var_os(STRICT_VARIABLE)
                 .is_some_and(|value| value == "on" || value == "1"),
+            engine: Engine::from_environment(),
         }
     }
 }
@@ -53,6 +58,11 @@ impl Options {
     /// These options with page-modification logging on or off.
     pub fn with_pml(self, pml: bool) -> Options {
         Options { pml, ..self }
+    }
+
+    /// These options with another engine.
+    pub fn with_engine(self, engine: Engine) -> Options {
+        Options { engine, ..self }
     }
 
     /// These options with [`Options::strict_cpuid`] on or off.
