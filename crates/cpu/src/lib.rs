@@ -13,11 +13,13 @@
 //! | `vmx`, `entry_checks` | VM entry and exit, single-instruction emulation |
 //! | `execute` | the loop and the instruction handlers |
 //! | `decode`, `op`, `code` | bytes to ops, and the cache of them |
+//! | `translator`, `fast_tlb` | blocks that run often, as host code |
 //! | `memory`, `update`, `tlb`, `walk_cache`, `second_stage`, `host`, `faults`, `guest_memory` | linear address to host access |
 //! | `event`, `segmentation` | exceptions, interrupts, descriptors |
 //! | `virtual_apic` | virtual interrupts and accesses to the APIC |
 //! | `vector` | x87, SIMD and extended state, by the host's own instructions |
 //! | `machine` | what the processors of one machine share |
+//! | `statistics` | what a processor counts |
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("eptide-cpu runs on x86-64 Linux: it executes parts of the guest's code natively");
