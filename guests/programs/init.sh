@@ -78,9 +78,9 @@ compile() {
 echo "compare: start"
 start=$(now)
 divide=${compare_divide:-1}
-awk -v rows=$((12000 / divide)) -f /work/script.awk >script.sql
+awk -v rows=$((12000 / divide)) -f /given/script.awk >script.sql
 for copy in $(seq $(((6 + divide - 1) / divide))); do
-  sed "s/COPY/$copy/g" /work/template.c
+  sed "s/COPY/$copy/g" /given/template.c
 done >many.c
 head -c $((600000 / divide)) /usr/lib/x86_64-linux-gnu/libcrypto.so.3 >data
 
@@ -90,7 +90,7 @@ signatures rsa2048
 # By its path: the shell takes its own xz otherwise.
 part xz /usr/bin/xz -c data
 part sqlite3 database
-part python3 python3.11 -I -S /work/benchmark.py $((20 / divide))
+part python3 python3.11 -I -S /given/benchmark.py $((20 / divide))
 part gcc compile
 end=$(now)
 echo "compare: end $((end - start))"

@@ -125,7 +125,7 @@ fn image(entries: &BTreeMap<String, Entry>) -> Result<Vec<u8>, String> {
         .character_device("dev/console", 5, 1)
         .folder("work");
     for name in WORK {
-        archive.file(&format!("work/{name}"), 0o644, &read(&own.join(name))?);
+        archive.file(&format!("given/{name}"), 0o644, &read(&own.join(name))?);
     }
     Ok(archive.finish())
 }
