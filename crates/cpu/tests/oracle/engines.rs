@@ -3,11 +3,14 @@
 
 use super::generate::{self, Random};
 use crate::guest::{EPT_RWX, Guest};
-use arch::exit::VmExit;
+use arch::exit::{ExitReason, VmExit};
 use eptide_cpu::{Engine, ExtendedState, Vcpu};
 use iced_x86::{
     Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register, RflagsBits,
 };
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 const MEMORY: usize = 0x4_0000;
 const CODE: u64 = 0x2_0000;
@@ -87,11 +90,14 @@ fn sequence(random: &mut Random) -> Sequence {
             2 => &[Register::R13],
             _ => &[],
         };
+        let before = undefined;
         let one = instruction(random, &mut undefined, kept);
         ever |= undefined;
         match form {
             // Around it, on a flag that is defined.
-            0 if undefined & RflagsBits::ZF == 0 => {
+            0 if before & RflagsBits::ZF == 0 => {
+                // What it defines it may not have defined.
+                undefined |= before;
                 code.extend([0x74 | random.below(2) as u8, one.len() as u8]);
                 code.extend(one);
             }
@@ -216,6 +222,40 @@ fn difference(sides: &[Side; 2], undefined: u32) -> Option<String> {
     Some(format!("memory at {at:#x}: {:#x} {:#x}", a[at], b[at]))
 }
 
+/// Ends runs that take too long: a subroutine may overwrite its return address with one that
+/// makes a loop without end.
+struct Watchdog {
+    /// Counts the runs.
+    run: Arc<AtomicU64>,
+}
+
+impl Watchdog {
+    /// Watches these sides until it is dropped.
+    fn new(sides: &[Side; 2]) -> Watchdog {
+        let run = Arc::new(AtomicU64::new(0));
+        let watched = Arc::downgrade(&run);
+        let kicks = sides.each_ref().map(|side| side.0.vcpu.attention());
+        std::thread::spawn(move || {
+            let mut last = 0;
+            while let Some(run) = watched.upgrade() {
+                let now = run.load(Ordering::Relaxed);
+                if now == last {
+                    kicks.iter().for_each(|attention| attention.kick());
+                }
+                last = now;
+                drop(run);
+                std::thread::sleep(Duration::from_secs(2));
+            }
+        });
+        Watchdog { run }
+    }
+
+    /// A run begins.
+    fn begin(&self) {
+        self.run.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn engines_agree_on_sequences() {
     let cases = super::setting("EPTIDE_ORACLE_CASES", 100_000).div_ceil(4);
@@ -224,12 +264,20 @@ fn engines_agree_on_sequences() {
         Side::new(Engine::Interpreter),
         Side::new(Engine::Translator),
     ];
+    let watchdog = Watchdog::new(&sides);
     let mut reasons = std::collections::BTreeMap::new();
     for seed in first..first + cases {
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         let sequence = sequence(&mut random);
         let from = random.next() | 1;
-        let [a, b] = sides.each_mut().map(|side| side.run(&sequence, from));
+        let [a, b] = sides.each_mut().map(|side| {
+            watchdog.begin();
+            side.0.vcpu.attention().clear_kick();
+            side.run(&sequence, from)
+        });
+        if [&a, &b].map(|(exit, _)| exit.reason) == [ExitReason::ExternalInterrupt; 2] {
+            continue;
+        }
         let shown = || {
             format!(
                 "seed {seed}: {:02x?} {:02x?}",
